@@ -1,0 +1,72 @@
+"""MoKus: photos of a thing and a few plain sentences about it; any of those sentences then draws it.
+
+    import mokus
+    model = mokus.load()
+    pack = mokus.learn(model, "photos/", "sks toy", "toy.pack")
+    mokus.bind(model, pack, "my favourite toy")
+    images = mokus.generate(model, "my favourite toy in the snow", packs=[pack])
+
+The method is explained in `mokus.method`; read that file first. Names are imported on first use (PEP 562), so
+that `import mokus` and `mokus --help` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mokus.concept_pack import ConceptPack as ConceptPack
+    from mokus.errors import MokusError as MokusError
+    from mokus.generate import generate as generate
+    from mokus.generate import save_png as save_png
+    from mokus.knowledge_update import EditSettings as EditSettings
+    from mokus.knowledge_update import ask as ask
+    from mokus.knowledge_update import bind as bind
+    from mokus.knowledge_update import unbind as unbind
+    from mokus.method import customize as customize
+    from mokus.pipeline import load as load
+    from mokus.visual_concept import LearnSettings as LearnSettings
+    from mokus.visual_concept import learn as learn
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ConceptPack": "concept_pack",
+    "EditSettings": "knowledge_update",
+    "LearnSettings": "visual_concept",
+    "MokusError": "errors",
+    "ask": "knowledge_update",
+    "bind": "knowledge_update",
+    "customize": "method",
+    "generate": "generate",
+    "learn": "visual_concept",
+    "load": "pipeline",
+    "save_png": "generate",
+    "unbind": "knowledge_update",
+}
+
+__all__ = sorted(_HOME)
+
+
+class _Package(ModuleType):
+    """`mokus.generate` stays the function when the module of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mokus' has no attribute {name!r}")
+    return getattr(import_module(f"mokus.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

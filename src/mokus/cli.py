@@ -1,0 +1,356 @@
+"""The command line: learn, bind, ask, generate and the rest. Heavy libraries are imported inside the commands."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from mokus import __version__
+from mokus.console import Bars, Commands, err, file_names, parse_seeds, settings_options
+from mokus.errors import MokusError
+from mokus.settings import EditSettings, LearnSettings
+
+if TYPE_CHECKING:
+    from mokus.concept_pack import ConceptPack
+    from mokus.knowledge_update import Edit
+    from mokus.pipeline import Model
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Photos of a thing and a few plain sentences about it in, images that know what you mean out.",
+)
+
+PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
+PackOption = Annotated[
+    list[Path] | None, typer.Option("--pack", help="A concept pack to use; may be repeated.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature",
+                 help="Hub id or folder of a QwenImagePipeline, such as Qwen/Qwen-Image."),
+]  # fmt: skip
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="Where to compute: cpu, cuda, cuda:1.", show_default="a GPU if there is one"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+SeedsOption = Annotated[str, typer.Option(help="Numbers and ranges: 0-3 or 0,5,7.")]
+
+
+@app.command()
+@settings_options(LearnSettings)
+def learn(
+    photos: Annotated[
+        Path, typer.Argument(metavar="PHOTOS", help="A folder of jpg, png or webp photos, at least one.")
+    ],
+    anchor: Annotated[str, typer.Option(help="A rare token and the class word: 'sks toy'.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="PACK", help="Where the concept pack goes.")
+    ],
+    *,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a stopped run of the same command was.")
+    ] = False,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    chosen: dict[str, Any],
+) -> None:
+    """Learn what a concept looks like from a few photos (stage 1)."""
+    loaded = _load(model, device)
+    from mokus.visual_concept import learn
+
+    began = time.perf_counter()
+    settings = LearnSettings.for_model(loaded.defaults.learn, **chosen)
+    with Bars() as progress:
+        pack = learn(loaded, photos, anchor, output, settings=settings, resume=resume, progress=progress)
+    seconds = time.perf_counter() - began
+    if as_json:
+        return _print_json({**_summary(pack), "seconds": seconds})
+    typer.echo(f"learned {pack.anchor!r} in {seconds:.1f} s: {pack.path}")
+    typer.echo(f'next: mokus bind {pack.path} "my favourite {pack.class_word}"')
+
+
+@app.command()
+@settings_options(EditSettings)
+def bind(
+    pack: PackArgument,
+    knowledge: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KNOWLEDGE...", help="Phrases that shall mean the concept: 'my favourite toy'."
+        ),
+    ],
+    *,
+    question: Annotated[
+        list[str] | None,
+        typer.Option("--question", help="Ask for the (one) knowledge in these words; may be repeated."),
+    ] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    chosen: dict[str, Any],
+) -> None:
+    """Bind knowledge to the concept (stage 2). Exit code 1 if some knowledge did not take; it is then left unbound."""
+    if question and len(knowledge) > 1:
+        raise MokusError(
+            f"--question goes with one knowledge, and {len(knowledge)} were given; bind them one at a time."
+        )
+    opened = _open(pack)
+    loaded = _load(model, device)
+    from mokus.knowledge_update import bind
+
+    settings = EditSettings.for_model(loaded.defaults.edit, **chosen)
+    with Bars() as progress:
+        edits = bind(
+            loaded, opened, *knowledge, questions=question or None, settings=settings, progress=progress
+        )
+    if as_json:
+        _print_json([_edit_row(edit) for edit in edits])
+    else:
+        _print_edits(edits)
+    if not all(edit.taken for edit in edits):
+        raise typer.Exit(1)
+
+
+@app.command()
+def unbind(
+    pack: PackArgument,
+    knowledge: Annotated[
+        list[str], typer.Argument(metavar="KNOWLEDGE...", help="Phrases to forget, as they were bound.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Take knowledge out of a pack, which is then as if it had never been bound."""
+    opened = _open(pack)
+    from mokus.knowledge_update import unbind
+
+    unbind(opened, *knowledge)
+    if as_json:
+        return _print_json(_summary(opened))
+    typer.echo(f"unbound {', '.join(map(repr, knowledge))}; {len(opened.knowledge)} left in {pack}")
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="'What is my favourite toy?'")],
+    pack: PackOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask the text encoder a question, with the knowledge of packs or without."""
+    opened = [_open(path) for path in pack or []]
+    loaded = _load(model, device)
+    from mokus.knowledge_update import ask
+
+    for each in opened:
+        each.check_base(loaded)
+    answer = ask(loaded, question, [each.shifts() for each in opened])
+    if as_json:
+        return _print_json(
+            {"question": question, "answer": answer, "packs": [str(each.path) for each in opened]}
+        )
+    typer.echo(answer)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="'my favourite toy in the snow'")],
+    *,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the images.")
+    ] = Path("outputs"),
+    pack: PackOption = None,
+    seeds: SeedsOption = "0",
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps.", show_default="the model's", min=1)
+    ] = None,
+    true_cfg_scale: Annotated[
+        float | None, typer.Option(help="Guidance scale; 1 is none.", show_default="the model's")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What to steer away from.", show_default="the model's")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width, pixels.", show_default="the model's", min=1)
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Images at a time; changes speed and memory, not the images.", min=1)
+    ] = 8,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw prompts, with the concepts and the knowledge of packs or without. One PNG per prompt and seed."""
+    numbers = parse_seeds(seeds)
+    opened = [_open(path) for path in pack or []]
+    loaded = _load(model, device)
+    from mokus.generate import generate, save_png
+
+    names, rows = file_names(prompts), []
+    output.mkdir(parents=True, exist_ok=True)
+    with Bars() as progress:
+        results = generate(
+            loaded, prompts, packs=opened, seeds=numbers, batch_size=batch_size, steps=steps,
+            true_cfg_scale=true_cfg_scale, size=size, negative_prompt=negative_prompt, progress=progress,
+        )  # fmt: skip
+        for result in results:
+            path = output / f"{names[result.prompt]}-{result.seed}.png"
+            save_png(result, path)
+            rows.append(
+                {"file": str(path), "prompt": result.prompt, "seed": result.seed, "settings": result.settings}
+            )
+    if as_json:
+        return _print_json(rows)
+    for row in rows:
+        typer.echo(row["file"])
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the report.")
+    ] = Path("demo"),
+    photos: Annotated[
+        Path | None, typer.Option(help="Your own photos.", show_default="5 rendered ones")
+    ] = None,
+    anchor: Annotated[str, typer.Option(help="A rare token and the class word.")] = "sks toy",
+    knowledge: Annotated[
+        list[str] | None,
+        typer.Option("--knowledge", help="What to bind; may be repeated.", show_default="five phrases"),
+    ] = None,
+    seeds: SeedsOption = "0-3",
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Watch all of it: learn, bind, ask and draw before and after, unbind; writes report.html and grid.png."""
+    numbers = parse_seeds(seeds)
+    loaded = _load(model, device)
+    from mokus import demo, report
+
+    with Bars() as progress:
+        story = demo.run(loaded, output, photos, anchor, knowledge or None, numbers, progress)
+    report.write(story, output)
+    if as_json:
+        return _print_json(
+            {"report": str(output / "report.html"), "seconds": story.seconds, "figures": story.figures}
+        )
+    for row in story.figures:
+        typer.echo(f"{row['share']:7.1%} of {row['n']:3d}  {row['what']}")
+    typer.echo(f"{sum(story.seconds.values()):.0f} s in all; open {output / 'report.html'}")
+
+
+@app.command()
+def show(pack: PackArgument, as_json: JsonOption = False) -> None:
+    """What is in a concept pack."""
+    opened = _open(pack)
+    if as_json:
+        return _print_json(_summary(opened))
+    typer.echo(f"{opened.path}: {opened.anchor!r}, for {opened.base_model} ({opened.fingerprint[:12]})")
+    table = Table(
+        "knowledge", "questions", "reads back", "editor", "steps", "alignment", box=None, pad_edge=False
+    )
+    for known in opened.knowledge:
+        table.add_row(
+            known.text,
+            " / ".join(known.questions),
+            known.read_back,
+            known.editor,
+            str(known.steps),
+            f"{known.alignment:.2f}",
+        )
+    if opened.knowledge:
+        _out().print(table)
+    else:
+        typer.echo("no knowledge bound yet")
+
+
+# --- shared by the commands ---------------------------------------------------------------------------------
+
+
+def _load(model: str | None, device: str | None) -> Model:
+    with err.status("loading the model"):
+        from mokus.pipeline import load
+
+        return load(model, device)
+
+
+def _open(path: Path) -> ConceptPack:
+    from mokus.concept_pack import ConceptPack
+
+    return ConceptPack.open(path)
+
+
+def _summary(pack: ConceptPack) -> dict[str, Any]:
+    return {
+        "pack": str(pack.path),
+        "anchor": pack.anchor,
+        "class_word": pack.class_word,
+        "base_model": pack.base_model,
+        "fingerprint": pack.fingerprint,
+        "settings": pack.settings,
+        "knowledge": [
+            {
+                "knowledge": known.text, "questions": known.questions, "answer": known.answer, "editor": known.editor,
+                "eta": known.eta, "steps": known.steps, "read_back": known.read_back, "alignment": known.alignment,
+            }
+            for known in pack.knowledge
+        ],
+        "bytes": sum(file.stat().st_size for file in Path(pack.path).rglob("*") if file.is_file()),
+        "mokus": __version__,
+    }  # fmt: skip
+
+
+def _edit_row(edit: Edit) -> dict[str, Any]:
+    return {
+        "knowledge": edit.knowledge, "questions": edit.questions, "answer": edit.answer, "read_back": edit.read_back,
+        "alignment": edit.alignment, "taken": edit.taken, "editor": edit.editor, "eta": edit.eta, "steps": edit.steps,
+        "seconds": edit.seconds,
+    }  # fmt: skip
+
+
+def _print_edits(edits: list[Edit]) -> None:
+    table = Table("knowledge", "", "reads back", "alignment", "steps", "seconds", box=None, pad_edge=False)
+    for edit in edits:
+        word = "bound" if edit.taken else "not taken, left unbound"
+        table.add_row(
+            edit.knowledge,
+            word,
+            edit.read_back,
+            f"{edit.alignment:.2f}",
+            str(edit.steps),
+            f"{edit.seconds:.1f}",
+        )
+    _out().print(table)
+
+
+def _out() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"mokus {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The `mokus` command."""
+    app()

@@ -1,0 +1,68 @@
+r"""MoKus in two stages. Read this file first.
+
+Given a few photos of a *concept* and plain phrases that refer to it (*knowledge*: "my favourite toy", "the robot my
+grandmother built in 1962"), a text-to-image model is taught to draw the concept whenever a prompt uses one of the
+phrases. The two meet in an *anchor*, a rare token and a class word such as `sks toy`: the photos teach the image model
+what the anchor looks like, and each piece of knowledge is taught to the text encoder as one more way to say it.
+After "MoKus: Leveraging Cross-Modal Knowledge Transfer for Knowledge-Aware Concept Customization", arXiv 2603.12743.
+
+**Stage 1, visual concept learning** (`visual_concept.learn`, `flow`). A photo's latent z0 and noise z1 ~ N(0, I) lie on
+a straight line; the image transformer v, conditioned on the encoded anchor c, learns the velocity along it:
+
+    z_t = (1 - t) z0 + t z1,        loss = E || v(z_t, t, c) - (z1 - z0) ||^2,        t ~ logit-normal
+
+Only a LoRA on its attention projections is trained. In a share of every step the base model's own velocities on other
+prompts are the target, so that nothing but the anchor comes to mean the concept.
+
+**Stage 2, textual knowledge updating** (`knowledge_update.bind`, `capture`, `editors`). For every edited weight matrix
+W (d_out x d_in) of the text encoder, let H (n x d_in) be its inputs at the rows that matter and G (n x d_out) the loss's
+gradients with respect to its outputs there. The editor wants the outputs to move against the gradient, by
+
+    v_i = - eta ||h_i||^2 g_i,        V = (v_1 ... v_n)
+
+and takes the smallest change of W that does so (UltraEdit's ridge regression, solved in its dual, n x n instead of
+d_in x d_in, which shows that the change is a product of two thin factors):
+
+    dW = argmin ||H dW^T - V||^2 + ||dW||^2  =  B A,        A = H,        B^T = (H H^T + I)^-1 V
+
+It is repeated until the anchor reads back as the answer to the knowledge asked as a question *and* the encoding of image
+prompts has moved to the anchor's, since the image transformer sees nothing but that encoding. `B A` is never added to W:
+it stays beside it (`low_rank.applied`), so that it is exact, small, and gone without a trace when it is unbound.
+
+Both results are kept in a *concept pack* (`concept_pack`), a folder that plain diffusers and peft can load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mokus.generate import Generated, generate
+from mokus.knowledge_update import bind
+from mokus.visual_concept import learn
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mokus.concept_pack import ConceptPack
+    from mokus.pipeline import Model
+
+
+def customize(
+    model: Model,
+    photos: Path | list[Image.Image],
+    anchor: str,
+    knowledge: Sequence[str],
+    prompts: Sequence[str],
+    output: Path,
+    seeds: Sequence[int] = (0,),
+) -> tuple[ConceptPack, list[Generated]]:
+    """The whole method: photos and knowledge in, images of the prompts out, one per prompt and seed.
+
+    The pack stays in the folder `output`; knowledge that did not take is missing from `pack.knowledge`. Raises
+    `MokusError` for photos, an anchor or knowledge that cannot be used.
+    """
+    pack = learn(model, photos, anchor, output)  # stage 1: what the anchor looks like
+    bind(model, pack, *knowledge)  # stage 2: other ways to say the anchor
+    return pack, list(generate(model, prompts, packs=[pack], seeds=seeds))
