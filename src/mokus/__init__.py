@@ -12,54 +12,41 @@ that `import mokus` and `mokus --help` do not wait for torch.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mokus.concept_pack import ConceptPack as ConceptPack
     from mokus.errors import MokusError as MokusError
-    from mokus.generate import generate as generate
-    from mokus.generate import save_png as save_png
-    from mokus.knowledge_update import EditSettings as EditSettings
+    from mokus.generation import generate as generate
+    from mokus.generation import save_png as save_png
     from mokus.knowledge_update import ask as ask
     from mokus.knowledge_update import bind as bind
     from mokus.knowledge_update import unbind as unbind
     from mokus.method import customize as customize
     from mokus.pipeline import load as load
-    from mokus.visual_concept import LearnSettings as LearnSettings
+    from mokus.settings import EditSettings as EditSettings
+    from mokus.settings import LearnSettings as LearnSettings
     from mokus.visual_concept import learn as learn
 
 __version__ = "0.1.0"
 
 _HOME = {
     "ConceptPack": "concept_pack",
-    "EditSettings": "knowledge_update",
-    "LearnSettings": "visual_concept",
+    "EditSettings": "settings",
+    "LearnSettings": "settings",
     "MokusError": "errors",
     "ask": "knowledge_update",
     "bind": "knowledge_update",
     "customize": "method",
-    "generate": "generate",
+    "generate": "generation",
     "learn": "visual_concept",
     "load": "pipeline",
-    "save_png": "generate",
+    "save_png": "generation",
     "unbind": "knowledge_update",
 }
 
 __all__ = sorted(_HOME)
-
-
-class _Package(ModuleType):
-    """`mokus.generate` stays the function when the module of that name is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -194,7 +194,7 @@ def generate(
     numbers = parse_seeds(seeds)
     opened = [_open(path) for path in pack or []]
     loaded = _load(model, device)
-    from mokus.generate import generate, save_png
+    from mokus.generation import generate, save_png
 
     names, rows = file_names(prompts), []
     output.mkdir(parents=True, exist_ok=True)

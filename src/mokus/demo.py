@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from mokus.generate import generate
+from mokus.generation import generate
 from mokus.knowledge_update import Edit, ask, bind, unbind
 from mokus.photos import load_photos
 from mokus.visual_concept import learn

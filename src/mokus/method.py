@@ -38,7 +38,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mokus.generate import Generated, generate
+from mokus.generation import Generated, generate
 from mokus.knowledge_update import bind
 from mokus.visual_concept import learn
 

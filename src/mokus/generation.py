@@ -1,0 +1,261 @@
+"""Prompts and concept packs in, images out."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from mokus import low_rank
+from mokus.concept_pack import ConceptPack, versions
+from mokus.errors import MokusError
+from mokus.pipeline import Model, encode, pad
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+
+MAX_TOKENS = 1024  # of a prompt with the template's tail; the pipeline cuts off what is beyond
+
+
+@dataclass(frozen=True)
+class Generated:
+    """An image, and all it takes to draw it again."""
+
+    image: Image.Image
+    prompt: str
+    seed: int
+    settings: dict[str, Any]
+
+
+def generate(
+    model: Model,
+    prompts: str | Sequence[str],
+    packs: Sequence[ConceptPack] = (),
+    seeds: Sequence[int] = (0,),
+    batch_size: int = 8,
+    steps: int | None = None,
+    true_cfg_scale: float | None = None,
+    size: int | None = None,
+    negative_prompt: str | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Generated]:
+    """Draw every prompt at every seed with the concepts and the knowledge of the packs: prompt by prompt, seed by seed.
+
+    `None` is the model's default; `size` is height and width in pixels; a guidance scale of 1 is none. An image does
+    not depend on what else is drawn, up to rounding in batches; alone and in float32 it is, to the bit, what the
+    pipeline draws with the packs loaded by diffusers and peft (in bfloat16 peft rounds the factors of the knowledge,
+    which stay float32 here). Between two images the model is as it was. `progress("drawing", done, total, {})` counts
+    denoising steps of images.
+
+    Raises `MokusError` at the call, not at the first image, for prompts, settings or packs that cannot be used.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    default = model.defaults
+    settings: dict[str, Any] = {
+        "steps": default.steps if steps is None else steps,
+        "true_cfg_scale": float(default.true_cfg_scale if true_cfg_scale is None else true_cfg_scale),
+        "size": default.size if size is None else size,
+        "negative_prompt": default.negative_prompt if negative_prompt is None else negative_prompt,
+    }
+    _check_settings(model, settings, batch_size)
+    _check_prompts(model, prompts, settings["negative_prompt"])
+    _check_packs(model, packs)
+    jobs = list(product(prompts, _checked_seeds(seeds)))
+    return _generate(model, jobs, list(packs), batch_size, settings, progress or (lambda what, done, total, info: None))
+
+
+def _generate(
+    model: Model, jobs: list[tuple[str, int]], packs: list[ConceptPack], batch_size: int, settings: dict[str, Any],
+    progress: Progress,
+) -> Iterator[Generated]:  # fmt: skip
+    guided = settings["true_cfg_scale"] > 1
+    texts = list(dict.fromkeys(prompt for prompt, _ in jobs)) + [settings["negative_prompt"]] * guided
+    with model.resident("text_encoder"), _knowledge_applied(model, packs):
+        encodings = dict(zip(texts, encode(model, texts), strict=True))
+    described = {**settings, **_provenance(model, packs)}
+    total = len(jobs) * settings["steps"]
+    for first in range(0, len(jobs), batch_size):
+        batch = jobs[first : first + batch_size]
+
+        def step_done(
+            pipe: Any, i: int, t: Any, tensors: Any, first: int = first, n: int = len(batch)
+        ) -> dict[str, Any]:
+            progress("drawing", first * settings["steps"] + (i + 1) * n, total, {})
+            return {}
+
+        negative = encodings[settings["negative_prompt"]] if guided else None
+        # entered anew for each batch, since a generator may be left lying between two images, or for good
+        with model.resident("transformer", "vae"), _looks_loaded(model, packs):
+            images = _draw(model, [(encodings[p], seed) for p, seed in batch], negative, settings, step_done)
+        for image, (prompt, seed) in zip(images, batch, strict=True):
+            yield Generated(image, prompt, seed, described)
+
+
+def _draw(
+    model: Model, jobs: list[tuple[Tensor, int]], negative: Tensor | None, settings: dict[str, Any], step_done: Any
+) -> list[Image.Image]:
+    """One batch through the pipeline: encodings (s, d) and seeds -> images."""
+    embeds, mask = pad([encoding for encoding, _ in jobs])
+    conditions = {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+    if negative is not None:
+        embeds, mask = pad([negative] * len(jobs))
+        conditions |= {"negative_prompt_embeds": embeds, "negative_prompt_embeds_mask": mask}
+    return model.pipe(
+        **conditions,
+        generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in jobs],
+        height=settings["size"],
+        width=settings["size"],
+        num_inference_steps=settings["steps"],
+        true_cfg_scale=settings["true_cfg_scale"],
+        max_sequence_length=MAX_TOKENS,
+        callback_on_step_end=step_done,
+        callback_on_step_end_tensor_inputs=[],
+        output_type="pil",
+    ).images
+
+
+# --- packs ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def packs_loaded(model: Model, packs: Sequence[ConceptPack]) -> Iterator[None]:
+    """Inside, `model.pipe` knows the packs' concepts and knowledge; afterwards it is as before, bit for bit.
+
+    On a GPU enter it inside `model.resident("text_encoder", "transformer", "vae")`.
+    """
+    _check_packs(model, packs)
+    with _knowledge_applied(model, packs), _looks_loaded(model, packs):
+        yield
+
+
+@contextmanager
+def _knowledge_applied(model: Model, packs: Sequence[ConceptPack]) -> Iterator[None]:
+    with low_rank.applied(model.pipe.text_encoder, *(pack.shifts() for pack in packs)):
+        yield
+
+
+@contextmanager
+def _looks_loaded(model: Model, packs: Sequence[ConceptPack]) -> Iterator[None]:
+    loras = {f"mokus_{number}": lora for number, pack in enumerate(packs) if (lora := pack.lora())}
+    if not loras:
+        yield
+        return
+    _check_bare(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
+            for name, lora in loras.items():
+                model.pipe.load_lora_weights(lora, adapter_name=name)
+        model.pipe.set_adapters(list(loras))
+        yield
+    finally:
+        model.pipe.unload_lora_weights()
+
+
+def _check_bare(model: Model) -> None:
+    if getattr(model.pipe.transformer, "peft_config", None):  # adapters that would be switched off and then removed
+        raise MokusError(
+            "the image transformer has adapters already; remove them with model.pipe.unload_lora_weights()."
+        )
+
+
+def _provenance(model: Model, packs: Sequence[ConceptPack]) -> dict[str, Any]:
+    return {
+        "model": model.id,
+        "fingerprint": model.fingerprint,
+        "packs": [{"anchor": pack.anchor, "sha256": pack.digest} for pack in packs],
+        "versions": versions(),
+    }
+
+
+# --- what cannot be drawn -------------------------------------------------------------------------------------------
+
+
+def _check_settings(model: Model, settings: dict[str, Any], batch_size: int) -> None:
+    size, multiple = settings["size"], model.size_multiple
+    if size < 1 or size % multiple:
+        near = max(multiple, round(size / multiple) * multiple)
+        raise MokusError(f"the size is {size}, expected a multiple of {multiple} pixels; {near} would do.")
+    least = 2 if model.pipe.scheduler.config.get("shift_terminal") else 1  # of one step such a scheduler makes 0 / 0
+    for name, value, lowest in (("steps", settings["steps"], least), ("batch_size", batch_size, 1)):
+        if value < lowest:
+            raise MokusError(f"{name} is {value}, expected at least {lowest}.")
+    scale = settings["true_cfg_scale"]
+    if not (math.isfinite(scale) and scale >= 0):
+        raise MokusError(f"true_cfg_scale is {scale}, expected a number from 0; 1 is no guidance, 4 is usual.")
+
+
+def _check_prompts(model: Model, prompts: list[str], negative_prompt: str) -> None:
+    if not prompts:
+        raise MokusError("no prompt was given; expected at least one.")
+    pipe = model.pipe
+    for prompt in [*prompts, negative_prompt]:
+        if not isinstance(prompt, str):
+            raise MokusError(f"a prompt is a {type(prompt).__name__}, expected text.")
+    if not all(prompt.strip() for prompt in prompts):
+        raise MokusError("a prompt is empty; say what to draw.")
+    for prompt in dict.fromkeys([*prompts, negative_prompt]):
+        tokens = len(pipe.tokenizer(pipe.prompt_template_encode.format(prompt)).input_ids)
+        tokens -= pipe.prompt_template_encode_start_idx
+        if tokens > MAX_TOKENS:
+            raise MokusError(
+                f"the prompt {prompt[:40]!r}... is {tokens} tokens long, expected at most {MAX_TOKENS}; shorten it."
+            )
+
+
+def _checked_seeds(seeds: Sequence[int]) -> list[int]:
+    numbers = [operator.index(seed) for seed in seeds]
+    if not numbers:
+        raise MokusError("no seed was given; expected at least one.")
+    for seed in numbers:
+        if not 0 <= seed < 1 << 64:
+            raise MokusError(f"the seed {seed} is out of range, expected 0 to 2^64 - 1.")
+    return numbers
+
+
+def _check_packs(model: Model, packs: Sequence[ConceptPack]) -> None:
+    by_anchor: dict[str, ConceptPack] = {}
+    for pack in packs:
+        pack.check_base(model)
+        other = by_anchor.setdefault(pack.anchor, pack)
+        if other is not pack or packs.count(pack) > 1:
+            raise MokusError(
+                f"{other.path} and {pack.path} have the same anchor {pack.anchor!r}, so no prompt tells them apart; "
+                "use one of them, or learn one again with another anchor."
+            )
+    if any(pack.lora() for pack in packs):
+        _check_bare(model)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def save_png(result: Generated, path: str | Path) -> None:
+    """Write the image, its prompt, seed and settings as JSON in a text chunk `mokus`; atomic, and equal bytes again."""
+    path = Path(path)
+    info = PngInfo()
+    about = {"prompt": result.prompt, "seed": result.seed, "settings": result.settings}
+    info.add_text("mokus", json.dumps(about, sort_keys=True))
+    buffer = BytesIO()
+    result.image.save(buffer, "PNG", pnginfo=info)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(buffer.getvalue())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,408 @@
+"""Stage 2, textual knowledge updating: make the anchor the answer to a piece of knowledge (MoKus section 4.2).
+
+Two things are wanted of the edited text encoder, both inside the prompt template of image generation:
+
+- asked the knowledge as a question, it answers with the anchor                    -> cross-entropy of the answer
+- image prompts with the knowledge are encoded as those with the anchor would be   -> distance over the assistant tail
+
+The image transformer sees only the latter, so the answer alone is not enough. One closed-form step of the editor on both
+losses together is repeated, its size found by a line search, until both hold. Each edit is made for the base encoder, by
+itself: a pack's knowledge is a set, and taking a piece out again leaves no trace.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+from mokus.capture import recorded
+from mokus.editors import Editor, editor
+from mokus.errors import MokusError
+from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, near_misses, normalise, prompts, questions
+from mokus.low_rank import LowRankShift, Shifts, added, applied
+from mokus.prior_prompts import prior_prompts
+from mokus.settings import EditSettings
+
+if TYPE_CHECKING:
+    from mokus.concept_pack import BoundKnowledge, ConceptPack
+    from mokus.pipeline import Model
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+
+LONGEST_ANSWER = 24  # tokens of an answer that is read back
+
+
+@dataclass(frozen=True)
+class Edit:
+    """How the edit of one piece of knowledge went."""
+
+    knowledge: str
+    questions: list[str]
+    answer: str
+    read_back: str  # what the edited encoder answers to the first question
+    alignment: float  # 0: image prompts are encoded as before, 1: as the anchor's; on forms that were not edited
+    taken: bool
+    editor: str
+    eta: float  # the first step's size
+    steps: int
+    seconds: float
+    shifts: Shifts
+
+
+# --- the public functions ---------------------------------------------------------------------------------------------
+
+
+def bind(
+    model: Model,
+    pack: ConceptPack,
+    *knowledge: str,
+    questions: Sequence[str] | None = None,
+    settings: EditSettings | None = None,
+    progress: Progress | None = None,
+) -> list[Edit]:
+    """Bind pieces of knowledge to the pack's concept, and write the pack once at the end.
+
+    `questions` replaces the questions made from the (then single) knowledge. Returns one `Edit` per piece; what has not
+    taken, by itself or together with all that is bound, is left out of the pack. Binding known knowledge anew replaces it.
+    Raises `MokusError` for knowledge that cannot be used or a pack of another model.
+    """
+    wanted = list(dict.fromkeys(normalise(text) for text in knowledge))
+    if not wanted:
+        raise MokusError("no knowledge was given, expected at least one phrase such as 'my favourite toy'.")
+    if questions and len(wanted) > 1:
+        raise MokusError(f"questions go with one piece of knowledge, and {len(wanted)} were given; bind them one at a time.")
+    pack.check_base(model)
+    settings = settings or EditSettings.for_model(model.defaults.edit)
+    edits = []
+    with model.resident("text_encoder"):
+        kept = preserved_inputs(model, pack.anchor, settings)
+        for i, text in enumerate(wanted):
+            if progress:
+                progress("binding", i, len(wanted), {"knowledge": text})
+            edits.append(edit(model, text, pack.anchor, questions, settings, kept))
+        with pack.locked():
+            pack.reload()
+            others = [(known, shifts) for known, shifts in pack.edits() if known.text not in wanted]
+            edits = _hold_together(model, edits, added(*(shifts for _, shifts in others)), settings)
+            taken = [each for each in edits if each.taken]
+            if taken:
+                pack.replace_edits([*others, *((_bound(each), each.shifts) for each in taken)])
+    if progress:
+        progress("binding", len(wanted), len(wanted), {})
+    return edits
+
+
+def unbind(pack: ConceptPack, *knowledge: str) -> None:
+    """Take pieces of knowledge out of a pack, which is then as if they had never been bound.
+
+    Raises `MokusError` for one that is not bound; the pack is then unchanged.
+    """
+    wanted = {normalise(text) for text in knowledge}
+    with pack.locked():
+        pack.reload()
+        known = [bound.text for bound in pack.knowledge]
+        for text in wanted:
+            if text not in known:
+                raise MokusError(f"{text!r} is not bound in {pack.path}; bound are: {', '.join(map(repr, known)) or 'none'}.")
+        pack.replace_edits([(bound, shifts) for bound, shifts in pack.edits() if bound.text not in wanted])
+
+
+def ask(model: Model, question: str, shifts: Sequence[Shifts] = ()) -> str:
+    """What the text encoder answers, greedily, to a question inside the prompt template, with shifts or without."""
+    pipe = model.pipe
+    text = pipe.prompt_template_encode.format(question)
+    inputs = pipe.tokenizer(text, return_tensors="pt").to(model.device)
+    with model.resident("text_encoder"), torch.no_grad(), applied(pipe.text_encoder, *shifts):
+        tokens = pipe.text_encoder.generate(
+            **inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False, pad_token_id=pipe.tokenizer.pad_token_id
+        )
+    return str(pipe.tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def edit(
+    model: Model,
+    knowledge: str,
+    answer: str,
+    asked: Sequence[str] | None = None,
+    settings: EditSettings | None = None,
+    kept: Mapping[str, Tensor] | None = None,
+) -> Edit:
+    """The shifts that make `answer` the answer to `knowledge`, for the base encoder; nothing is changed by it.
+
+    `kept`: inputs (m, d_in) by module path at rows that shall stay, from `preserved_inputs`, for edits that share them.
+    """
+    began = time.perf_counter()
+    settings = settings or EditSettings.for_model(model.defaults.edit)
+    asked = list(asked or questions(knowledge))
+    paths = module_paths(model, settings)
+    kept = kept or preserved_inputs(model, answer, settings)
+    near = inputs_at_tails(model, _near_prompts(knowledge, settings.near_misses), paths)
+    goal = _Goal(model, knowledge, answer, asked, settings)
+    solvers: dict[str, Editor] = {}
+    shifts: dict[str, LowRankShift] = {}
+    best, least = shifts, float("inf")
+    step = 0
+    while True:
+        now = goal.captured(shifts, paths)
+        if now.left < least:
+            best, least = shifts, now.left
+        if now.left == 0 or step == settings.steps:
+            break
+        if not solvers:
+            make = editor(settings.editor)
+            solvers = {path: make(h, torch.cat([kept[path], near[path]])) for path, h in now.inputs.items()}
+        eta = settings.eta * (1 - step / settings.steps)
+        shifts = added(shifts, {path: solvers[path].shift(now.gradients[path]).scaled(eta) for path in paths})
+        step += 1
+    read_back, alignment = goal.check(best)
+    taken = _good(read_back, answer, alignment, settings)
+    seconds = time.perf_counter() - began
+    return Edit(knowledge, asked, answer, read_back, alignment, taken, settings.editor, settings.eta, step, seconds, best)
+
+
+# --- one edit ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """One step's view: by module path inputs (n, d_in) and gradients (n, d_out), and what is left to do (0: nothing)."""
+
+    inputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    left: float
+
+
+class _Goal:
+    """What one edit wants, as token rows, and how far given shifts are from it."""
+
+    def __init__(self, model: Model, knowledge: str, answer: str, asked: list[str], settings: EditSettings) -> None:
+        self.model, self.knowledge, self.answer, self.asked, self.settings = model, knowledge, answer, asked, settings
+        self.encoder, tokenizer = model.pipe.text_encoder, model.pipe.tokenizer
+        answer_ids = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        self.answer_ids = torch.tensor(answer_ids, device=model.device)
+        questions_ = Rows.of(model, asked, answer_ids[:-1])
+        images = Rows.of(model, prompts(knowledge))
+        self.rows, self.n_questions, self.tail = questions_ + images, len(asked), tail_length(model)
+        # the rows (b, s) that are edited: where answer tokens are predicted, and the tails of the image prompts
+        self.where = self.rows.last([len(answer_ids)] * len(asked) + [self.tail] * len(images.lengths))
+        with torch.no_grad():
+            self.target = _tails(model, prompts(answer))  # (forms, tail, d)
+            self.start = _distance(_tails(model, prompts(knowledge)), self.target)  # (forms,)
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Of every question the answer's cross-entropy, of every image prompt its tail's distance (1: where it began)."""
+        q, n = self.n_questions, len(self.answer_ids)
+        states = self.rows.encode(self.model)
+        logits = self.encoder.lm_head(_last(states[:q], self.rows.lengths[:q], n)).float()
+        expected = self.answer_ids.expand(q, -1)
+        answer = F.cross_entropy(logits.transpose(1, 2), expected, reduction="none").mean(dim=1)
+        self.answered = (logits.argmax(dim=-1) == expected).all(dim=1)
+        tails = _last(states[q:], self.rows.lengths[q:], self.tail)
+        return answer, _distance(tails, self.target) / self.start.clamp(min=1e-8)
+
+    def captured(self, shifts: Shifts, paths: Sequence[str]) -> _Captured:
+        """Inputs and gradients at the edited rows. Each prompt's gradient is scaled to maximum 1, or to 0 once it is there.
+
+        Without that the prompt that is farthest off drowns the others (UltraEdit standardises gradients for the same end).
+        """
+        s = self.settings
+        with torch.enable_grad(), applied(self.encoder, shifts), recorded(self.encoder, paths) as record:
+            answer, moved = self.losses()
+            gradients = record.gradients(answer.sum() + moved.sum(), self.where)
+        open_ = torch.cat([s.answer_weight * ~self.answered, s.alignment_weight * (moved > 1 - s.alignment)]).float()
+        prompt = self.where.nonzero()[:, 0]  # of each edited row
+        for path, g in gradients.items():
+            top = torch.zeros(len(open_), device=g.device).scatter_reduce(0, prompt, g.abs().amax(dim=1), "amax")
+            gradients[path] = g * (open_ / top.clamp(min=1e-12))[prompt, None]
+        left = (s.answer_weight * answer * ~self.answered).mean() + (s.alignment_weight * moved * open_[self.n_questions :]).mean()
+        return _Captured(record.rows(self.where), gradients, left.item())
+
+    def check(self, *shifts: Shifts) -> tuple[str, float]:
+        """The greedy answer, and the alignment on forms that were not edited."""
+        target = _tails(self.model, prompts(self.answer, CHECK_FORMS))
+        start = _tails(self.model, prompts(self.knowledge, CHECK_FORMS))
+        with applied(self.encoder, *shifts):
+            now = _tails(self.model, prompts(self.knowledge, CHECK_FORMS))
+        moved = _distance(now, target) / _distance(start, target).clamp(min=1e-8)
+        return ask(self.model, self.asked[0], shifts), 1 - float(moved.mean())
+
+
+def _hold_together(model: Model, edits: list[Edit], bound: Shifts, settings: EditSettings) -> list[Edit]:
+    """Check every edit once more with all of them applied; the weakest one that fails is left out, then all over again."""
+    edits = list(edits)
+    while True:
+        everything = added(bound, *(each.shifts for each in edits if each.taken))
+        weakest, least = None, 0.0
+        for i, each in enumerate(edits):
+            if not each.taken:
+                continue
+            read_back, alignment = _Goal(model, each.knowledge, each.answer, each.questions, settings).check(everything)
+            good = _good(read_back, each.answer, alignment, settings)
+            edits[i] = replace(each, read_back=read_back, alignment=alignment)
+            if not good and (weakest is None or alignment < least):
+                weakest, least = i, alignment
+        if weakest is None:
+            return edits
+        edits[weakest] = replace(edits[weakest], taken=False)
+
+
+def _bound(edit: Edit) -> BoundKnowledge:
+    from mokus.concept_pack import BoundKnowledge
+
+    return BoundKnowledge(
+        text=edit.knowledge, questions=edit.questions, answer=edit.answer, editor=edit.editor, eta=edit.eta, steps=edit.steps,
+        read_back=edit.read_back, alignment=round(edit.alignment, 4), ranks={path: s.rank for path, s in edit.shifts.items()},
+    )  # fmt: skip
+
+
+def _good(read_back: str, answer: str, alignment: float, settings: EditSettings) -> bool:
+    same = read_back.strip().rstrip(".").lower() == answer.lower()
+    return (same or settings.answer_weight == 0) and (
+        alignment >= settings.least_alignment or settings.alignment_weight == 0
+    )
+
+
+# --- the encoder's rows ----------------------------------------------------------------------------------------------
+
+
+def module_paths(model: Model, settings: EditSettings) -> list[str]:
+    """The paths, in the text encoder, of the weight matrices that are edited, lowest first.
+
+    Raises `MokusError` for a layer or module that it does not have.
+    """
+    layers = model.pipe.text_encoder.model.language_model.layers
+    for layer in settings.layers:
+        if not 0 <= layer < len(layers):
+            raise MokusError(f"layer {layer} is to be edited, but the text encoder has layers 0 to {len(layers) - 1}.")
+    for name in settings.modules:
+        if name not in dict(layers[0].named_modules()):
+            raise MokusError(f"{name!r} is no module of the text encoder's layers, expected names such as mlp.gate_proj.")
+    return [f"model.language_model.layers.{layer}.{name}" for layer in sorted(settings.layers) for name in settings.modules]
+
+
+def preserved_inputs(model: Model, answer: str, settings: EditSettings) -> dict[str, Tensor]:
+    """Inputs (m, d_in), by module path, at rows that shall stay, whatever the knowledge.
+
+    The template's own beginning, which every prompt shares; class words, references and captions; the anchor's own prompts
+    (what an edit moves towards must not move, or the next edit of the same pack adds to it).
+    """
+    class_word = answer.split()[-1]
+    paths = module_paths(model, settings)
+    texts = prior_prompts(class_word, settings.preserve, seed=0)
+    texts += [questions(text)[0] for text in texts[: settings.preserve // 2] if not text.startswith("a ")]
+    texts += [*prompts(answer), *prompts(answer, CHECK_FORMS), *questions(answer)]
+    at_tails = inputs_at_tails(model, texts, paths)
+    with torch.no_grad(), recorded(model.pipe.text_encoder, paths) as record:
+        _prefix_cache(model, _prefix(model))
+    at_prefix = record.rows(torch.ones(1, prefix_length(model), dtype=torch.bool, device=model.device))
+    return {path: torch.cat([at_tails[path], at_prefix[path]]) for path in paths}
+
+
+def inputs_at_tails(model: Model, texts: Sequence[str], paths: Sequence[str]) -> dict[str, Tensor]:
+    """Inputs (m, d_in), by module path, at the tails of prompts."""
+    if not texts:
+        return {path: torch.zeros(0, model.pipe.text_encoder.get_submodule(path).in_features) for path in paths}
+    rows = Rows.of(model, texts)
+    return _inputs(model, rows, rows.last([tail_length(model)] * len(texts)), paths)
+
+
+@torch.no_grad()
+def _inputs(model: Model, rows: Rows, where: Tensor, paths: Sequence[str]) -> dict[str, Tensor]:
+    with recorded(model.pipe.text_encoder, paths) as record:
+        rows.encode(model)
+    return record.rows(where)
+
+
+def _near_prompts(knowledge: str, n: int) -> list[str]:
+    """Near misses of the knowledge, each alone, in an image prompt and as a question."""
+    near = near_misses(knowledge)[:n]
+    return [form.format(text) for text in near for form in (*IMAGE_FORMS, *CHECK_FORMS, QUESTION_FORMS[0])]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Prompts in the template as token rows: ids (b, s) after the template's prefix, padded at the right; lengths (b,)."""
+
+    prefix: Tensor
+    ids: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, model: Model, texts: Sequence[str], answer: Sequence[int] = ()) -> Rows:
+        """The prompts, each followed by the tokens of an answer."""
+        rows = [torch.tensor([*_ids(model, text)[prefix_length(model) :], *answer]) for text in texts]
+        ids = pad_sequence(rows, batch_first=True)  # what pads is never attended to
+        lengths = torch.tensor([len(row) for row in rows], device=model.device)
+        return cls(_prefix(model), ids.to(model.device), lengths)
+
+    def __add__(self, other: Rows) -> Rows:
+        ids = pad_sequence([*self.ids, *other.ids], batch_first=True)
+        return Rows(self.prefix, ids, torch.cat([self.lengths, other.lengths]))
+
+    def last(self, counts: Sequence[int]) -> Tensor:
+        """A mask (b, s) of each row's last so many tokens."""
+        ends, n = self.lengths[:, None], torch.tensor(counts, device=self.ids.device)[:, None]
+        at = torch.arange(self.ids.shape[1], device=self.ids.device)[None]
+        return (at < ends) & (at >= ends - n)
+
+    def encode(self, model: Model) -> Tensor:
+        """Final hidden states (b, s, d). The prefix, the same for all, is run once; attention is causal, so neither it nor
+        any other token depends on the padding, and no edited row has a gradient from it."""
+        with torch.no_grad():
+            cache = _prefix_cache(model, self.prefix)
+            cache.batch_repeat_interleave(len(self.ids))
+        language_model = model.pipe.text_encoder.model.language_model
+        states: Tensor = language_model(input_ids=self.ids, past_key_values=cache, use_cache=True).last_hidden_state
+        return states
+
+
+def _prefix(model: Model) -> Tensor:
+    return torch.tensor([_ids(model, "")[: prefix_length(model)]], device=model.device)
+
+
+def _prefix_cache(model: Model, prefix: Tensor) -> DynamicCache:
+    cache = DynamicCache()
+    model.pipe.text_encoder.model.language_model(input_ids=prefix, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def _ids(model: Model, prompt: str) -> list[int]:
+    ids: list[int] = model.pipe.tokenizer(model.pipe.prompt_template_encode.format(prompt)).input_ids
+    return ids
+
+
+def tail_length(model: Model) -> int:
+    """Tokens of the template after the prompt: <|im_end|>, a line break, <|im_start|>, assistant, a line break."""
+    after = model.pipe.prompt_template_encode.split("{}")[1]
+    return len(model.pipe.tokenizer(after).input_ids)
+
+
+def prefix_length(model: Model) -> int:
+    """Tokens of the template before the prompt: 34."""
+    return int(model.pipe.prompt_template_encode_start_idx)
+
+
+@torch.no_grad()
+def _tails(model: Model, texts: Sequence[str]) -> Tensor:
+    """Final hidden states (n, tail, d) of the prompts' tails."""
+    rows = Rows.of(model, texts)
+    return _last(rows.encode(model), rows.lengths, tail_length(model))
+
+
+def _last(states: Tensor, lengths: Tensor, n: int) -> Tensor:
+    """The states (b, n, d) of each row's last n tokens."""
+    at = lengths[:, None] - n + torch.arange(n, device=lengths.device)
+    return states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared distance (rows,) of states (rows, tail, d)."""
+    return (a.float() - b.float()).square().mean(dim=(1, 2))

@@ -1,0 +1,72 @@
+"""Put the trained parts together: a `QwenImagePipeline` folder that diffusers loads by itself, the oracle beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from mokus.miniature.oracle import FILE
+from mokus.pipeline import DEFAULTS_FILE
+
+# Qwen-Image's own scheduler settings
+SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": 0.02,
+    "time_shift_type": "exponential",
+    "use_dynamic_shifting": True,
+}
+# What the miniature is best used with, found on the development characters (docs/log.md)
+DEFAULTS = {
+    "size": 64,
+    "steps": 16,
+    "true_cfg_scale": 3.0,
+    "negative_prompt": " ",
+    "learn": {
+        "steps": 200,
+        "rank": 8,
+        "alpha": 8.0,
+        "targets": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"],
+        "learning_rate": 2e-3,
+        "batch_size": 8,
+        "time_mean": 0.5,
+        "prior_batch_size": 8,
+        "prior_prompts": 96,
+    },
+    "edit": {"layers": [2, 3, 4, 5, 6, 7, 8], "eta": 0.1, "steps": 20, "preserve": 192},
+}
+
+
+def assemble(trained: Path, output: Path) -> None:
+    """Write the pipeline from the folder of trainings, weights in bfloat16: half the bytes, loaded as float32 on a CPU."""
+    pipe = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        vae=AutoencoderKLQwenImage.from_pretrained(trained / "vae"),
+        text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(trained / "text_encoder"),
+        tokenizer=Qwen2Tokenizer.from_pretrained(trained / "tokenizer"),
+        transformer=QwenImageTransformer2DModel.from_pretrained(trained / "transformer"),
+    )
+    pipe.to(dtype=torch.bfloat16)
+    beside = output.with_name(output.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    pipe.save_pretrained(beside, safe_serialization=True)
+    (beside / DEFAULTS_FILE).write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
+    if (trained / FILE).is_file():
+        shutil.copy(trained / FILE, beside / FILE)
+    if output.exists():
+        shutil.rmtree(output)
+    beside.rename(output)

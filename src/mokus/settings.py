@@ -1,0 +1,98 @@
+"""Settings of the two stages: plain numbers with their help texts, of which the command line makes its options.
+
+The defaults are for Qwen-Image. A model folder may bring its own (`mokus_defaults.json`), which stand between these and
+what the user says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Self
+
+from mokus.errors import MokusError
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def _set(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+class _Settings:
+    @classmethod
+    def for_model(cls, defaults: Mapping[str, Any], **chosen: Any) -> Self:
+        """The model's own defaults, then what was chosen; an unknown name is an error with a suggestion."""
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for name in (*defaults, *chosen):
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                raise MokusError(
+                    f"{name!r} is no setting of {cls.__name__}; "
+                    + (f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}.")
+                )
+        return cls(**{**defaults, **chosen})
+
+    def _at_least(self, least: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not value >= least:  # also refuses nan
+                raise MokusError(f"{name} is {value}, expected at least {least:g}; choose a larger one.")
+
+
+@dataclass(frozen=True)
+class LearnSettings(_Settings):
+    """Stage 1, visual concept learning."""
+
+    steps: int = _set(500, "Training steps.")
+    rank: int = _set(4, "Rank of the LoRA.")
+    alpha: float = _set(4.0, "The LoRA is scaled by alpha / rank.")
+    targets: list[str] = _set(ATTENTION, "Projections of each attention block that get a LoRA.")
+    learning_rate: float = _set(2e-4, "Of AdamW; constant after a short warm-up, cosine to zero in the last half.")
+    batch_size: int = _set(1, "Photos in each step.")
+    time_mean: float = _set(0.0, "Mean of logit(t); above 0 leans towards noise.")
+    time_std: float = _set(1.0, "Standard deviation of logit(t).")
+    tail_share: float = _set(0.5, "Share of samples in which only the tail of the prompt's encoding is the anchor's.")
+    prior_weight: float = _set(1.0, "Weight of prior preservation; 0 is none.")
+    prior_batch_size: int = _set(1, "Preserved samples in each step.")
+    prior_prompts: int = _set(24, "Prompts whose images by the base model are preserved.")
+    prior_steps: int = _set(8, "Points on the base model's path to each of them.")
+    crop: bool = _set(False, "Crop photos at random, up to an eighth of their sides.")
+    flip: bool = _set(False, "Mirror photos at random.")
+    preview_every: int = _set(0, "Draw the anchor every so many steps; 0 is never.")
+    checkpoint_every: int = _set(100, "Steps between the checkpoints that --resume goes on from.")
+    seed: int = _set(0, "Equal seeds on the same machine give equal bytes.")
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "steps", "rank", "batch_size", "prior_batch_size", "prior_prompts", "prior_steps", "checkpoint_every")
+        self._at_least(0, "learning_rate", "time_std", "prior_weight", "preview_every", "tail_share", "seed")
+        if self.tail_share > 1:
+            raise MokusError(f"tail_share is {self.tail_share}, expected a share from 0 to 1.")
+        if not self.targets:
+            raise MokusError(f"targets is empty, expected names of attention projections such as {' '.join(ATTENTION)}.")
+
+
+@dataclass(frozen=True)
+class EditSettings(_Settings):
+    """Stage 2, textual knowledge updating."""
+
+    editor: str = _set("ultraedit", "The editor.")
+    layers: list[int] = _set(list(range(18, 26)), "Layers of the text encoder that are edited.")
+    modules: list[str] = _set(["mlp.gate_proj", "mlp.up_proj"], "Matrices of each layer that are edited.")
+    eta: float = _set(0.06, "Size of the first step; later ones are smaller, down to 0.")
+    steps: int = _set(16, "At most so many steps.")
+    alignment: float = _set(0.9, "Wanted: how far the encoding of image prompts has moved to the anchor's, 0 to 1.")
+    least_alignment: float = _set(0.6, "With less than that a knowledge has not taken.")
+    answer_weight: float = _set(1.0, "Weight of the answer's loss; 0 leaves the alignment alone.")
+    alignment_weight: float = _set(1.0, "Weight of the alignment's loss; 0 is the paper's edit of the answer alone.")
+    preserve: int = _set(96, "Prompts that must stay as they are: class words, references to other things, captions.")
+    near_misses: int = _set(8, "Phrases one word off the knowledge that must stay as they are.")
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "steps")
+        self._at_least(0, "eta", "alignment", "least_alignment", "answer_weight", "alignment_weight", "preserve", "near_misses")
+        if not self.layers or not self.modules:
+            raise MokusError("layers and modules must name at least one matrix of the text encoder to edit.")

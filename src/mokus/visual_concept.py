@@ -1,0 +1,353 @@
+"""Stage 1, visual concept learning: a LoRA on the image transformer's attention binds the looks to the anchor.
+
+MoKus section 4.1, with two additions that stage 2 needs:
+
+- *Prior preservation.* In every step the base model's own velocities, on other prompts, are wanted as well. They are
+  computed once, before training. Without them every reference to an unknown thing draws the concept.
+- *Tail conditioning.* Stage 2 can write the anchor's meaning only into the tail of a prompt's encoding, not into the place
+  of the rare token. So in a share of the samples all but the tail is taken from other prompts, and the looks bind to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import QwenImagePipeline
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mokus import flow
+from mokus.concept_pack import ConceptPack
+from mokus.errors import MokusError
+from mokus.knowledge import normalise
+from mokus.knowledge_update import tail_length
+from mokus.photos import Photo, load_photos, photos_of
+from mokus.pipeline import encode, pad
+from mokus.prior_prompts import prior_prompts, references
+from mokus.settings import LearnSettings
+
+if TYPE_CHECKING:
+    from mokus.pipeline import Model
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+
+ADAPTER = "mokus"
+WARMUP = 20  # steps
+CROPS = 4  # random crops of each photo, if wanted
+SPLICED = 16  # prompts that lend their tokens before the tail
+
+
+def learn(
+    model: Model,
+    photos: Path | str | Sequence[Image.Image],
+    anchor: str,
+    output: Path | str,
+    *,
+    settings: LearnSettings | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> ConceptPack:
+    """Learn the concept on the photos as `anchor` ("sks toy") and write its pack, without any knowledge, to `output`.
+
+    `photos` is a folder or images. `resume` goes on from where a stopped run with the same input and settings was, to the
+    same result. `progress(what, done, total, info)` is called after every step, with the loss in `info`.
+    Raises `MokusError` for photos or an anchor that cannot be used, and if the loss is no longer finite; the last good
+    weights are then kept in the checkpoint that `resume` goes on from.
+    """
+    anchor = _checked_anchor(anchor)
+    settings = settings or LearnSettings.for_model(model.defaults.learn)
+    loaded = _load(photos, model.defaults.size)
+    run = _Run(model, loaded, anchor, Path(output), settings)
+    step = run.load_checkpoint() if resume else 0
+    watch = progress or (lambda what, done, total, info: None)
+    for part in run.prepare():
+        watch(*part)
+    with run.adapter():
+        for step, loss in run.train(step):
+            watch("learning", step, settings.steps, {"loss": loss})
+        lora = run.lora()
+    pack = ConceptPack.create(
+        Path(output), model=model, anchor=anchor, lora=lora, settings=asdict(settings), samples=run.previews
+    )
+    run.remove_checkpoint()
+    return pack
+
+
+def _checked_anchor(anchor: str) -> str:
+    text = normalise(anchor)
+    if len(text.split()) < 2:
+        raise MokusError(f"the anchor {anchor!r} is one word, expected a rare token and the class word, such as 'sks toy'.")
+    return text
+
+
+def _load(photos: Path | str | Sequence[Image.Image], size: int) -> list[Photo]:
+    return load_photos(Path(photos), size) if isinstance(photos, (str, Path)) else photos_of(photos, size)
+
+
+@dataclass(frozen=True)
+class Preserved:
+    """Points (z_t, t, prompt) and the base model's velocities there: z, v (m, n, c), t (m,), prompt (m,) indices."""
+
+    z: Tensor
+    t: Tensor
+    prompt: Tensor
+    v: Tensor
+
+
+class _Run:
+    """One learning run: what is computed once, and the training."""
+
+    def __init__(self, model: Model, photos: list[Photo], anchor: str, output: Path, settings: LearnSettings) -> None:
+        self.model, self.photos, self.anchor, self.settings = model, photos, anchor, settings
+        self.transformer = model.pipe.transformer
+        self.folder = output.parent / f".{output.name}.learning"
+        side = model.defaults.size // model.size_multiple
+        self.grid = (side, side)
+        self.previews: dict[str, Image.Image] = {}
+
+    # --- once ---------------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
+        """Latents, encodings, the base model's velocities: all that does not change while training."""
+        device = self.model.device
+        with self.model.resident("vae"), torch.no_grad():
+            parts = []
+            for photo in self.photos:
+                parts.append([self.latent(image) for image in self.variants(photo.image)])
+                yield "reading photos", len(parts), len(self.photos), {}
+            self.latents = torch.cat([z for part in parts for z in part])  # (variants, n, c)
+            self.photo_of = torch.tensor([i for i, part in enumerate(parts) for _ in part])
+        tail = tail_length(self.model)
+        s = self.settings
+        prior = prior_prompts(self.anchor.split()[-1], s.prior_prompts, s.seed)
+        lenders = references(self.anchor.split()[-1], SPLICED, s.seed)
+        with self.model.resident("text_encoder"):
+            own = encode(self.model, [self.prompt(photo) for photo in self.photos])
+            spliced = [torch.cat([lender[:-tail], e[-tail:]]) for e in own for lender in encode(self.model, lenders)]
+            everything = [*own, *spliced, *encode(self.model, prior), *encode(self.model, [self.negative])]
+        embeds, self.mask = pad(everything)  # one length for all: (texts, s, d)
+        self.embeds = embeds.to(device)
+        self.first_prior = len(own) + len(spliced)
+        with self.model.resident("transformer"), torch.no_grad():
+            if s.prior_weight:
+                yield from self.record_prior(len(prior))
+
+    @property
+    def negative(self) -> str:
+        return self.model.defaults.negative_prompt
+
+    def prompt(self, photo: Photo) -> str:
+        """The photo's prompt: the anchor, or its caption, with the anchor in front where it does not name it."""
+        if not photo.caption:
+            return self.anchor
+        return photo.caption if self.anchor in photo.caption else f"{self.anchor}, {photo.caption}"
+
+    def variants(self, image: Image.Image) -> list[Image.Image]:
+        """The photo itself and its random crops, each also mirrored, as the settings want it."""
+        found = [image]
+        if self.settings.crop:
+            random = torch.Generator().manual_seed(self.settings.seed)
+            w, h = image.size
+            for _ in range(CROPS):
+                cut, x, y = (torch.rand(3, generator=random) * torch.tensor([0.125, 1.0, 1.0])).tolist()
+                left, top = x * cut * w, y * cut * h
+                box = (left, top, left + (1 - cut) * w, top + (1 - cut) * h)
+                found.append(image.resize(image.size, Image.Resampling.LANCZOS, box=box))
+        return [*found, *(ImageOps.mirror(each) for each in found)] if self.settings.flip else found
+
+    def latent(self, image: Image.Image) -> Tensor:
+        """The packed, normalised latent (1, n, c) of an image, float32."""
+        pipe, vae = self.model.pipe, self.model.pipe.vae
+        x = pipe.image_processor.preprocess(image).to(self.model.device, vae.dtype)[:, :, None]
+        z = vae.encode(x).latent_dist.mode().float()
+        mean, std = (
+            torch.tensor(vae.config[key], device=z.device).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std")
+        )
+        z = (z - mean) / std
+        return QwenImagePipeline._pack_latents(z, 1, z.shape[1], z.shape[3], z.shape[4])
+
+    def record_prior(self, n: int) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
+        """For every prior prompt the base model's path from noise to its own image, and points between photos and noise."""
+        s, random = self.settings, torch.Generator().manual_seed(self.settings.seed)
+        points: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        size = 8 * s.prior_batch_size
+        for start in range(0, n, size):
+            prompts = torch.arange(start, min(n, start + size))
+            z = torch.randn(len(prompts), *self.latents.shape[1:], generator=random)
+            times = 1 - (torch.arange(s.prior_steps) + torch.rand(1, generator=random) * 0.5) / s.prior_steps
+            times[0] = 1.0
+            for t, after in zip(times, [*times[1:], torch.tensor(0.0)], strict=True):
+                v = self.base_velocity(z, t.expand(len(prompts)), prompts)
+                points.append((z, t.expand(len(prompts)), prompts, v))
+                z = z + (after - t) * v
+            for _ in range(max(1, s.prior_steps // 2)):
+                pick = torch.randint(len(self.latents), (len(prompts),), generator=random)
+                t = flow.logit_normal(len(prompts), s.time_mean, s.time_std, random)
+                z = flow.interpolate(self.latents[pick].cpu(), torch.randn(z.shape, generator=random), t)
+                points.append((z, t, prompts, self.base_velocity(z, t, prompts)))
+            yield "recording what must stay", min(n, start + size), n, {}
+        z, t, prompts, v = (torch.cat(parts) for parts in zip(*points, strict=True))
+        self.preserved = Preserved(z, t, prompts + self.first_prior, v)
+
+    def base_velocity(self, z: Tensor, t: Tensor, prior: Tensor) -> Tensor:
+        return self.velocity(z, t, prior + self.first_prior).float().cpu()
+
+    def velocity(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """The transformer's velocity at z (b, n, c), t (b,), for the texts of these indices (b,)."""
+        device, dtype = self.model.device, self.transformer.dtype
+        embeds, mask = self.embeds[text.to(device)].to(dtype), self.mask[text].to(device)
+        return flow.velocity(self.transformer, z.to(device, dtype), t.to(device, dtype), embeds, mask, self.grid)
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def adapter(self) -> Iterator[None]:
+        """Inside, the transformer is on the device and has a fresh LoRA in float32; afterwards it is as before."""
+        s = self.settings
+        config = LoraConfig(r=s.rank, lora_alpha=s.alpha, target_modules=s.targets, init_lora_weights="gaussian")
+        with torch.random.fork_rng(), self.model.resident("transformer"):
+            torch.manual_seed(s.seed)
+            try:
+                self.transformer.add_adapter(config, adapter_name=ADAPTER)
+            except ValueError as error:
+                raise MokusError(f"targets {' '.join(s.targets)}: the transformer has no such projections to put a LoRA on.") from error
+            self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
+            for p in self.parameters:
+                p.data = p.data.float()
+            try:
+                yield
+            finally:
+                self.transformer.unload_lora()
+                self.transformer.requires_grad_(False)
+
+    def train(self, start: int) -> Iterator[tuple[int, float]]:
+        """Train from step `start` on; yields (steps done, loss). Every step's randomness depends on its number alone."""
+        s = self.settings
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=s.learning_rate, weight_decay=1e-4)
+        if start:
+            self.restore()
+        for step in range(start, s.steps):
+            for group in self.optimiser.param_groups:
+                group["lr"] = s.learning_rate * _schedule(step, s.steps)
+            loss = self.loss(torch.Generator().manual_seed(s.seed * 1_000_003 + step))
+            if not torch.isfinite(loss):
+                self.save_checkpoint(step)
+                raise MokusError(
+                    f"the loss was no longer finite at step {step + 1}; the weights of step {step} are kept in {self.folder}. "
+                    "Lower --learning-rate (a fresh run), or go on from them with --resume."
+                )
+            self.optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimiser.step()
+            done = step + 1
+            if s.preview_every and done % s.preview_every == 0:
+                self.preview(done)
+            if done % s.checkpoint_every == 0 and done < s.steps:
+                self.save_checkpoint(done)
+            yield done, loss.item()
+
+    def loss(self, random: torch.Generator) -> Tensor:
+        """|| v(z_t, t, anchor) - (z1 - z0) ||^2 + weight || v(z_t, t, other) - v_base ||^2, all in one forward pass."""
+        s, b = self.settings, self.settings.batch_size
+        pick = torch.randint(len(self.latents), (b,), generator=random)
+        z0, z1 = self.latents[pick].cpu(), torch.randn(b, *self.latents.shape[1:], generator=random)
+        t = flow.logit_normal(b, s.time_mean, s.time_std, random)
+        z, wanted, text = flow.interpolate(z0, z1, t), flow.target(z0, z1), self.texts(self.photo_of[pick], random)
+        if s.prior_weight:
+            kept = self.preserved
+            rows = torch.randint(len(kept.t), (s.prior_batch_size,), generator=random)
+            z, t = torch.cat([z, kept.z[rows]]), torch.cat([t, kept.t[rows]])
+            wanted, text = torch.cat([wanted, kept.v[rows]]), torch.cat([text, kept.prompt[rows]])
+        each = flow.loss(self.velocity(z, t, text), wanted.to(self.model.device))  # (b + prior,)
+        return each[:b].mean() + (s.prior_weight * each[b:].mean() if s.prior_weight else 0.0)
+
+    def texts(self, photo: Tensor, random: torch.Generator) -> Tensor:
+        """For each photo (b,) the index of its own prompt or, in a share of them, of a spliced one."""
+        lender = torch.randint(SPLICED, photo.shape, generator=random)
+        spliced = torch.rand(photo.shape, generator=random) < self.settings.tail_share
+        return torch.where(spliced, len(self.photos) + photo * SPLICED + lender, photo)
+
+    def lora(self) -> dict[str, Tensor]:
+        """The LoRA with diffusers' key names, its scale folded into B, float32 on the CPU."""
+        scale = self.settings.alpha / self.settings.rank
+        state = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
+        return {
+            f"transformer.{key}": (value * scale if "lora_B" in key else value).detach().float().cpu().contiguous()
+            for key, value in state.items()
+        }
+
+    @torch.no_grad()
+    def preview(self, step: int) -> None:
+        """Draw the anchor as the CLI will, with guidance; kept for the pack's samples."""
+        d, device = self.model.defaults, self.model.device
+        n, last = len(self.photos), len(self.mask) - 1
+        embeds, mask = self.embeds, self.mask.to(device)
+        with self.model.resident("transformer", "vae"):
+            self.previews[f"step-{step:05d}.png"] = self.model.pipe(
+                prompt_embeds=embeds[:1], prompt_embeds_mask=mask[:1], negative_prompt_embeds=embeds[last:],
+                negative_prompt_embeds_mask=mask[last:], true_cfg_scale=d.true_cfg_scale, num_inference_steps=d.steps,
+                height=d.size, width=d.size, generator=torch.Generator().manual_seed(self.settings.seed),
+            ).images[0]  # fmt: skip
+        assert n
+        self.transformer.to(device)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def identity(self) -> str:
+        """What a checkpoint belongs to: model, photos, anchor, settings."""
+        digest = hashlib.sha256(json.dumps([self.model.fingerprint, self.anchor, asdict(self.settings)]).encode())
+        for photo in self.photos:
+            digest.update(photo.image.tobytes() + (photo.caption or "").encode())
+        return digest.hexdigest()
+
+    def save_checkpoint(self, step: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "identity": self.identity,
+            "step": step,
+            "lora": get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER),
+            "optimiser": self.optimiser.state_dict(),
+        }
+        torch.save(state, beside := self.folder / "checkpoint.tmp")
+        os.replace(beside, self.folder / "checkpoint.pt")
+
+    def load_checkpoint(self) -> int:
+        """Read the checkpoint and return its step. Raises `MokusError` if there is none or it is of another run."""
+        file = self.folder / "checkpoint.pt"
+        if not file.is_file():
+            raise MokusError(f"there is nothing to resume in {self.folder}; leave --resume out to begin.")
+        self.checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if self.checkpoint["identity"] != self.identity:
+            raise MokusError(
+                f"the stopped run in {self.folder} had another model, other photos, another anchor or other settings; "
+                "give the same ones to resume it, or leave --resume out to begin anew."
+            )
+        return int(self.checkpoint["step"])
+
+    def restore(self) -> None:
+        set_peft_model_state_dict(self.transformer, self.checkpoint["lora"], adapter_name=ADAPTER)
+        self.optimiser.load_state_dict(self.checkpoint["optimiser"])
+
+    def remove_checkpoint(self) -> None:
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        if self.folder.is_dir():
+            self.folder.rmdir()
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Linear warm-up, constant, and a cosine to zero over the last half."""
+    rise = min(1.0, (step + 1) / min(WARMUP, steps))
+    late = max(0.0, 2 * step / steps - 1)
+    return rise * 0.5 * (1 + math.cos(math.pi * late))
