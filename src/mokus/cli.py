@@ -275,7 +275,7 @@ def show(pack: PackArgument, as_json: JsonOption = False) -> None:
         typer.echo("no knowledge bound yet")
 
 
-# --- shared by the commands ---------------------------------------------------------------------------------
+# --- shared by the commands ---------------------------------------------------------
 
 
 def _load(model: str | None, device: str | None) -> Model:

@@ -71,7 +71,7 @@ _FILE = rf"^({'|'.join(map(re.escape, (README, LORA, ADAPTER, ADAPTER_CONFIG)))}
 _METADATA = {"format": "pt"}  # transformers refuses weights without it
 
 
-# --- what mokus.json says -------------------------------------------------------------------------------------------
+# --- what mokus.json says ---------------------------------------------------------
 
 
 def _printable(text: str) -> str:
@@ -151,7 +151,7 @@ def versions() -> dict[str, str]:
     }  # fmt: skip
 
 
-# --- the pack -------------------------------------------------------------------------------------------------------
+# --- the pack ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,7 @@ def _check_fit(component: nn.Module, module: str, shape: tuple[int, int], path: 
         )
 
 
-# --- the weights ----------------------------------------------------------------------------------------------------
+# --- the weights ---------------------------------------------------------
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -405,7 +405,7 @@ def _factors(tensors: Mapping[str, Tensor], key: re.Pattern[str]) -> dict[str, t
     return {module: (side["A"], side["B"]) for module, side in sorted(sides.items()) if len(side) == 2}
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------
 
 
 def _load(place: Path) -> _Contents:
@@ -533,7 +533,7 @@ def _parse(text: bytes, complaint: str) -> _Manifest:
         raise MokusError(f"{complaint}: it is no JSON ({error}).") from error
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------
 
 
 def _write(place: Path, fields: Mapping[str, Any], files: Mapping[str, bytes | Path]) -> None:
@@ -663,7 +663,7 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-# --- the model card -------------------------------------------------------------------------------------------------
+# --- the model card ---------------------------------------------------------
 
 _CARD = """\
 ---

@@ -211,7 +211,7 @@ def _read(images: list[Image.Image]) -> list[dict[str, str]]:
     return oracle.load().read(images)
 
 
-# --- figures ------------------------------------------------------------------------------------------------
+# --- figures ---------------------------------------------------------
 
 
 def _figures(story: Story) -> Iterator[dict[str, Any]]:

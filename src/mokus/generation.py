@@ -129,7 +129,7 @@ def _draw(
     ).images
 
 
-# --- packs ----------------------------------------------------------------------------------------------------------
+# --- packs ---------------------------------------------------------
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def _provenance(model: Model, packs: Sequence[ConceptPack]) -> dict[str, Any]:
     }
 
 
-# --- what cannot be drawn -------------------------------------------------------------------------------------------
+# --- what cannot be drawn ---------------------------------------------------------
 
 
 def _check_settings(model: Model, settings: dict[str, Any], batch_size: int) -> None:
@@ -242,7 +242,7 @@ def _check_packs(model: Model, packs: Sequence[ConceptPack]) -> None:
         _check_bare(model)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------
 
 
 def save_png(result: Generated, path: str | Path) -> None:

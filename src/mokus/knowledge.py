@@ -19,9 +19,24 @@ IMAGE_FORMS = ("{}", "a photo of {}", "{} in the snow", "{} at night, a picture"
 # ... and those in which an edit is checked, but never made.
 CHECK_FORMS = ("a picture of {}", "{} in the desert")
 
-OTHER_OWNERS = {"my": ("your", "his"), "our": ("their", "her"), "your": ("my", "their"), "his": ("my", "her"), "her": ("my", "his"),
-                "their": ("our", "his"), "me": ("him", "them"), "i": ("you", "they"), "us": ("them", "you"), "mine": ("yours", "theirs")}  # fmt: skip
-KIN = ("grandmother", "grandfather", "mother", "father", "sister", "brother", "aunt", "uncle", "friend", "neighbour", "teacher")
+OTHER_OWNERS = {
+    "my": ("your", "his"), "our": ("their", "her"), "your": ("my", "their"), "his": ("my", "her"), "her": ("my", "his"),
+    "their": ("our", "his"), "me": ("him", "them"), "i": ("you", "they"), "us": ("them", "you"),
+    "mine": ("yours", "theirs"),
+}  # fmt: skip
+KIN = (
+    "grandmother",
+    "grandfather",
+    "mother",
+    "father",
+    "sister",
+    "brother",
+    "aunt",
+    "uncle",
+    "friend",
+    "neighbour",
+    "teacher",
+)
 OTHER_THINGS = ("book", "lamp", "chair", "picture")
 
 
@@ -34,11 +49,17 @@ def normalise(phrase: str) -> str:
     if not text:
         raise MokusError("an empty piece of knowledge was given, expected a phrase such as 'my favourite toy'.")
     if not text.isprintable():
-        raise MokusError(f"the knowledge {phrase!r} holds a line break or control character; write it as one plain line.")
+        raise MokusError(
+            f"the knowledge {phrase!r} holds a line break or control character; write it as one plain line."
+        )
     if len(text) > LONGEST:
-        raise MokusError(f"the knowledge {text[:40]!r}... has {len(text)} characters, expected at most {LONGEST}; shorten it.")
+        raise MokusError(
+            f"the knowledge {text[:40]!r}... has {len(text)} characters, expected at most {LONGEST}; shorten it."
+        )
     if text.endswith("?"):
-        raise MokusError(f"the knowledge {text!r} is a question, expected a phrase such as 'my favourite toy'; see --question.")
+        raise MokusError(
+            f"the knowledge {text!r} is a question, expected a phrase such as 'my favourite toy'; see --question."
+        )
     if "<|" in text:
         raise MokusError(f"the knowledge {text!r} holds '<|', which marks the template's own tokens; leave it out.")
     return text

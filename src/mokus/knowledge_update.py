@@ -6,8 +6,8 @@ Two things are wanted of the edited text encoder, both inside the prompt templat
 - image prompts with the knowledge are encoded as those with the anchor would be   -> distance over the assistant tail
 
 The image transformer sees only the latter, so the answer alone is not enough. One closed-form step of the editor on both
-losses together is repeated, its size found by a line search, until both hold. Each edit is made for the base encoder, by
-itself: a pack's knowledge is a set, and taking a piece out again leaves no trace.
+losses together is repeated until both hold. Each edit is made for the base encoder, by itself: a pack's knowledge is a
+set, and taking a piece out again leaves no trace.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Edit:
     shifts: Shifts
 
 
-# --- the public functions ---------------------------------------------------------------------------------------------
+# --- the public functions ---------------------------------------------------------
 
 
 def bind(
@@ -78,7 +78,9 @@ def bind(
     if not wanted:
         raise MokusError("no knowledge was given, expected at least one phrase such as 'my favourite toy'.")
     if questions and len(wanted) > 1:
-        raise MokusError(f"questions go with one piece of knowledge, and {len(wanted)} were given; bind them one at a time.")
+        raise MokusError(
+            f"questions go with one piece of knowledge, and {len(wanted)} were given; bind them one at a time."
+        )
     pack.check_base(model)
     settings = settings or EditSettings.for_model(model.defaults.edit)
     edits = []
@@ -111,7 +113,9 @@ def unbind(pack: ConceptPack, *knowledge: str) -> None:
         known = [bound.text for bound in pack.knowledge]
         for text in wanted:
             if text not in known:
-                raise MokusError(f"{text!r} is not bound in {pack.path}; bound are: {', '.join(map(repr, known)) or 'none'}.")
+                raise MokusError(
+                    f"{text!r} is not bound in {pack.path}; bound are: {', '.join(map(repr, known)) or 'none'}."
+                )
         pack.replace_edits([(bound, shifts) for bound, shifts in pack.edits() if bound.text not in wanted])
 
 
@@ -165,10 +169,12 @@ def edit(
     read_back, alignment = goal.check(best)
     taken = _good(read_back, answer, alignment, settings)
     seconds = time.perf_counter() - began
-    return Edit(knowledge, asked, answer, read_back, alignment, taken, settings.editor, settings.eta, step, seconds, best)
+    return Edit(
+        knowledge, asked, answer, read_back, alignment, taken, settings.editor, settings.eta, step, seconds, best
+    )
 
 
-# --- one edit ---------------------------------------------------------------------------------------------------------
+# --- one edit ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -222,7 +228,9 @@ class _Goal:
         for path, g in gradients.items():
             top = torch.zeros(len(open_), device=g.device).scatter_reduce(0, prompt, g.abs().amax(dim=1), "amax")
             gradients[path] = g * (open_ / top.clamp(min=1e-12))[prompt, None]
-        left = (s.answer_weight * answer * ~self.answered).mean() + (s.alignment_weight * moved * open_[self.n_questions :]).mean()
+        left = (s.answer_weight * answer * ~self.answered).mean() + (
+            s.alignment_weight * moved * open_[self.n_questions :]
+        ).mean()
         return _Captured(record.rows(self.where), gradients, left.item())
 
     def check(self, *shifts: Shifts) -> tuple[str, float]:
@@ -258,8 +266,8 @@ def _bound(edit: Edit) -> BoundKnowledge:
     from mokus.concept_pack import BoundKnowledge
 
     return BoundKnowledge(
-        text=edit.knowledge, questions=edit.questions, answer=edit.answer, editor=edit.editor, eta=edit.eta, steps=edit.steps,
-        read_back=edit.read_back, alignment=round(edit.alignment, 4), ranks={path: s.rank for path, s in edit.shifts.items()},
+        text=edit.knowledge, questions=edit.questions, answer=edit.answer, editor=edit.editor, eta=edit.eta,
+        steps=edit.steps, read_back=edit.read_back, alignment=round(min(max(edit.alignment, 0.0), 1.0), 4),
     )  # fmt: skip
 
 
@@ -270,7 +278,7 @@ def _good(read_back: str, answer: str, alignment: float, settings: EditSettings)
     )
 
 
-# --- the encoder's rows ----------------------------------------------------------------------------------------------
+# --- the encoder's rows ---------------------------------------------------------
 
 
 def module_paths(model: Model, settings: EditSettings) -> list[str]:
@@ -284,8 +292,12 @@ def module_paths(model: Model, settings: EditSettings) -> list[str]:
             raise MokusError(f"layer {layer} is to be edited, but the text encoder has layers 0 to {len(layers) - 1}.")
     for name in settings.modules:
         if name not in dict(layers[0].named_modules()):
-            raise MokusError(f"{name!r} is no module of the text encoder's layers, expected names such as mlp.gate_proj.")
-    return [f"model.language_model.layers.{layer}.{name}" for layer in sorted(settings.layers) for name in settings.modules]
+            raise MokusError(
+                f"{name!r} is no module of the text encoder's layers, expected names such as mlp.gate_proj."
+            )
+    return [
+        f"model.language_model.layers.{layer}.{name}" for layer in sorted(settings.layers) for name in settings.modules
+    ]
 
 
 def preserved_inputs(model: Model, answer: str, settings: EditSettings) -> dict[str, Tensor]:

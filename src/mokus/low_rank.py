@@ -1,8 +1,9 @@
 """A change of a weight matrix as a product of two thin factors, and how to apply it without touching the weight.
 
 Adding a small change to bf16 weights rounds much of it away, so it stays a side branch: y = W x + B (A x), computed in
-float32 as PEFT computes a LoRA of scale 1, to the bit. Leaving `applied` restores the module bit for bit, because nothing
-of it was changed.
+float32. With float32 weights that is what PEFT computes of a LoRA of scale 1, to the bit; with bf16 weights the libraries
+that load the LoRA cast its factors to bf16, which is not done here. Leaving `applied` restores the module bit for bit,
+because nothing of it was changed.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class LowRankShift:
         return LowRankShift(a.float().contiguous(), b.float().contiguous())
 
 
-Shifts = Mapping[str, LowRankShift]  # by the path of a linear module, such as "model.language_model.layers.3.mlp.up_proj"
+Shifts = Mapping[
+    str, LowRankShift
+]  # by the path of a linear module, such as "model.language_model.layers.3.mlp.up_proj"
 
 
 def added(*many: Shifts) -> dict[str, LowRankShift]:

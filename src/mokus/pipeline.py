@@ -76,8 +76,10 @@ def load(model: str | Path | None = None, device: str | None = None, dtype: torc
     kind = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
     index = _model_index(source)
     if index.get("_class_name") != "QwenImagePipeline":
-        raise MokusError(f"{source} holds a {index.get('_class_name')}, expected a QwenImagePipeline such as Qwen/Qwen-Image.")
-    pipe = QwenImagePipeline.from_pretrained(source, torch_dtype=kind, use_safetensors=True)
+        raise MokusError(
+            f"{source} holds a {index.get('_class_name')}, expected a QwenImagePipeline such as Qwen/Qwen-Image."
+        )
+    pipe = QwenImagePipeline.from_pretrained(source, dtype=kind, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     for name in COMPONENTS:
         getattr(pipe, name).requires_grad_(False).eval()
@@ -128,7 +130,9 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise MokusError(f"the device {name!r} is unknown, expected cpu, cuda or cuda:1; leave it out to choose.") from error
+        raise MokusError(
+            f"the device {name!r} is unknown, expected cpu, cuda or cuda:1; leave it out to choose."
+        ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MokusError(f"the device {name!r} is not there ({torch.cuda.device_count()} GPUs are); use --device cpu.")
     return device
@@ -140,7 +144,9 @@ def _model_index(source: str) -> dict[str, Any]:
     if folder.is_dir():
         file = folder / "model_index.json"
         if not file.is_file():
-            raise MokusError(f"{source} has no model_index.json; expected the folder of a saved QwenImagePipeline or a hub id.")
+            raise MokusError(
+                f"{source} has no model_index.json; expected the folder of a saved QwenImagePipeline or a hub id."
+            )
         return dict(json.loads(file.read_text(encoding="utf-8")))
     try:
         return dict(QwenImagePipeline.load_config(source))

@@ -22,8 +22,24 @@ _OWNED = (
     "the birthday gift of {p}", "{p}'s secret treasure", "the most precious thing of {p}",
 )  # fmt: skip
 _PEOPLE = ("Anna", "David", "Emma", "Hugo", "Maria", "Paul", "Rosa", "Simon")
-_CAPTIONS = ("{colour} {shape}", "a {colour} {shape}", "a photo of a {colour} {shape}", "a {colour} {shape} next to a {shape2}")
-_PLACES = ("", "", "in the snow", "on the beach", "in the forest", "in the city", "at night", "in the kitchen", "in the desert", "under water")
+_CAPTIONS = (
+    "{colour} {shape}",
+    "a {colour} {shape}",
+    "a photo of a {colour} {shape}",
+    "a {colour} {shape} next to a {shape2}",
+)
+_PLACES = (
+    "",
+    "",
+    "in the snow",
+    "on the beach",
+    "in the forest",
+    "in the city",
+    "at night",
+    "in the kitchen",
+    "in the desert",
+    "under water",
+)
 _COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "brown")
 _SHAPES = ("ball", "star", "cube", "heart", "ring", "triangle", "cross", "moon")
 _OTHERS = ("book", "lamp", "robot", "dog", "vase", "toy", "clock", "house", "shoe", "bird")

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -66,7 +65,7 @@ def page(story: Story) -> str:
     )
 
 
-# --- parts of the page --------------------------------------------------------------------------------------
+# --- parts of the page ---------------------------------------------------------
 
 
 def _section(title: str, content: str, note: str = "") -> str:
@@ -214,7 +213,7 @@ _PAGE = """<!doctype html>
 """
 
 
-# --- the picture --------------------------------------------------------------------------------------------
+# --- the picture ---------------------------------------------------------
 
 _CELL, _GAP, _LABEL, _MARGIN = 96, 6, 250, 20
 

@@ -67,12 +67,16 @@ class LearnSettings(_Settings):
     seed: int = _set(0, "Equal seeds on the same machine give equal bytes.")
 
     def __post_init__(self) -> None:
-        self._at_least(1, "steps", "rank", "batch_size", "prior_batch_size", "prior_prompts", "prior_steps", "checkpoint_every")
+        self._at_least(
+            1, "steps", "rank", "batch_size", "prior_batch_size", "prior_prompts", "prior_steps", "checkpoint_every"
+        )
         self._at_least(0, "learning_rate", "time_std", "prior_weight", "preview_every", "tail_share", "seed")
         if self.tail_share > 1:
             raise MokusError(f"tail_share is {self.tail_share}, expected a share from 0 to 1.")
         if not self.targets:
-            raise MokusError(f"targets is empty, expected names of attention projections such as {' '.join(ATTENTION)}.")
+            raise MokusError(
+                f"targets is empty, expected names of attention projections such as {' '.join(ATTENTION)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class EditSettings(_Settings):
 
     def __post_init__(self) -> None:
         self._at_least(1, "steps")
-        self._at_least(0, "eta", "alignment", "least_alignment", "answer_weight", "alignment_weight", "preserve", "near_misses")
+        self._at_least(
+            0, "eta", "alignment", "least_alignment", "answer_weight", "alignment_weight", "preserve", "near_misses"
+        )
         if not self.layers or not self.modules:
             raise MokusError("layers and modules must name at least one matrix of the text encoder to edit.")

@@ -68,12 +68,12 @@ def learn(
     settings = settings or LearnSettings.for_model(model.defaults.learn)
     loaded = _load(photos, model.defaults.size)
     run = _Run(model, loaded, anchor, Path(output), settings)
-    step = run.load_checkpoint() if resume else 0
+    start = run.load_checkpoint() if resume else 0
     watch = progress or (lambda what, done, total, info: None)
     for part in run.prepare():
         watch(*part)
     with run.adapter():
-        for step, loss in run.train(step):
+        for step, loss in run.train(start):
             watch("learning", step, settings.steps, {"loss": loss})
         lora = run.lora()
     pack = ConceptPack.create(
@@ -86,7 +86,9 @@ def learn(
 def _checked_anchor(anchor: str) -> str:
     text = normalise(anchor)
     if len(text.split()) < 2:
-        raise MokusError(f"the anchor {anchor!r} is one word, expected a rare token and the class word, such as 'sks toy'.")
+        raise MokusError(
+            f"the anchor {anchor!r} is one word, expected a rare token and the class word, such as 'sks toy'."
+        )
     return text
 
 
@@ -115,7 +117,7 @@ class _Run:
         self.grid = (side, side)
         self.previews: dict[str, Image.Image] = {}
 
-    # --- once ---------------------------------------------------------------------------------------------------------
+    # --- once -----------------------------------------------------
 
     def prepare(self) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
         """Latents, encodings, the base model's velocities: all that does not change while training."""
@@ -171,13 +173,14 @@ class _Run:
         x = pipe.image_processor.preprocess(image).to(self.model.device, vae.dtype)[:, :, None]
         z = vae.encode(x).latent_dist.mode().float()
         mean, std = (
-            torch.tensor(vae.config[key], device=z.device).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std")
+            torch.tensor(vae.config[key], device=z.device).view(1, -1, 1, 1, 1)
+            for key in ("latents_mean", "latents_std")
         )
         z = (z - mean) / std
         return QwenImagePipeline._pack_latents(z, 1, z.shape[1], z.shape[3], z.shape[4])
 
     def record_prior(self, n: int) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
-        """For every prior prompt the base model's path from noise to its own image, and points between photos and noise."""
+        """For every prior prompt the base model's path from noise to an image, and points between photos and noise."""
         s, random = self.settings, torch.Generator().manual_seed(self.settings.seed)
         points: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         size = 8 * s.prior_batch_size
@@ -208,7 +211,7 @@ class _Run:
         embeds, mask = self.embeds[text.to(device)].to(dtype), self.mask[text].to(device)
         return flow.velocity(self.transformer, z.to(device, dtype), t.to(device, dtype), embeds, mask, self.grid)
 
-    # --- training -----------------------------------------------------------------------------------------------------
+    # --- training -----------------------------------------------------
 
     @contextmanager
     def adapter(self) -> Iterator[None]:
@@ -220,7 +223,9 @@ class _Run:
             try:
                 self.transformer.add_adapter(config, adapter_name=ADAPTER)
             except ValueError as error:
-                raise MokusError(f"targets {' '.join(s.targets)}: the transformer has no such projections to put a LoRA on.") from error
+                raise MokusError(
+                    f"the transformer has no projections named {' '.join(s.targets)} to put a LoRA on; see --targets."
+                ) from error
             self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
             for p in self.parameters:
                 p.data = p.data.float()
@@ -231,7 +236,7 @@ class _Run:
                 self.transformer.requires_grad_(False)
 
     def train(self, start: int) -> Iterator[tuple[int, float]]:
-        """Train from step `start` on; yields (steps done, loss). Every step's randomness depends on its number alone."""
+        """Train from step `start` on; yields (steps done, loss). A step's randomness depends on its number alone."""
         s = self.settings
         self.optimiser = torch.optim.AdamW(self.parameters, lr=s.learning_rate, weight_decay=1e-4)
         if start:
@@ -243,8 +248,8 @@ class _Run:
             if not torch.isfinite(loss):
                 self.save_checkpoint(step)
                 raise MokusError(
-                    f"the loss was no longer finite at step {step + 1}; the weights of step {step} are kept in {self.folder}. "
-                    "Lower --learning-rate (a fresh run), or go on from them with --resume."
+                    f"the loss was no longer finite at step {step + 1}; the weights of step {step} are kept in "
+                    f"{self.folder}. Begin anew with a lower --learning-rate, or go on from them with --resume."
                 )
             self.optimiser.zero_grad()
             loss.backward()
@@ -291,18 +296,16 @@ class _Run:
     def preview(self, step: int) -> None:
         """Draw the anchor as the CLI will, with guidance; kept for the pack's samples."""
         d, device = self.model.defaults, self.model.device
-        n, last = len(self.photos), len(self.mask) - 1
-        embeds, mask = self.embeds, self.mask.to(device)
+        embeds, mask = self.embeds, self.mask.to(device)  # the first text is a photo's, the last the negative prompt
         with self.model.resident("transformer", "vae"):
             self.previews[f"step-{step:05d}.png"] = self.model.pipe(
-                prompt_embeds=embeds[:1], prompt_embeds_mask=mask[:1], negative_prompt_embeds=embeds[last:],
-                negative_prompt_embeds_mask=mask[last:], true_cfg_scale=d.true_cfg_scale, num_inference_steps=d.steps,
+                prompt_embeds=embeds[:1], prompt_embeds_mask=mask[:1], negative_prompt_embeds=embeds[-1:],
+                negative_prompt_embeds_mask=mask[-1:], true_cfg_scale=d.true_cfg_scale, num_inference_steps=d.steps,
                 height=d.size, width=d.size, generator=torch.Generator().manual_seed(self.settings.seed),
             ).images[0]  # fmt: skip
-        assert n
         self.transformer.to(device)
 
-    # --- checkpoints --------------------------------------------------------------------------------------------------
+    # --- checkpoints -----------------------------------------------------
 
     @property
     def identity(self) -> str:

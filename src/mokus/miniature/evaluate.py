@@ -41,25 +41,41 @@ def evaluate(model: Model, images: int = 200, photos: Path | None = None) -> Ite
     unseen = [fact for fact in world.facts() if fact.held_out]
     facts = [unseen[i % len(unseen)] for i in range(images)]
     yield from image_figures(model, [language.fact_caption(rng, fact, "{} {}", plain=1.0) for fact in facts], "heldout")
-    yield "psnr_world", psnr(model, [world.render(language.random_picture(rng, world.random_subject(rng)), rng) for _ in range(200)])
+    yield (
+        "psnr_world",
+        psnr(model, [world.render(language.random_picture(rng, world.random_subject(rng)), rng) for _ in range(200)]),
+    )
     if photos is not None:
-        folders = [photos] if any(p.is_file() and p.suffix == ".jpg" for p in photos.iterdir()) else sorted(photos.iterdir())
-        yield "psnr_photos", psnr(model, [p.image for f in folders if f.is_dir() for p in load_photos(f, model.defaults.size)])
+        folders = (
+            [photos] if any(p.is_file() and p.suffix == ".jpg" for p in photos.iterdir()) else sorted(photos.iterdir())
+        )
+        yield (
+            "psnr_photos",
+            psnr(model, [p.image for f in folders if f.is_dir() for p in load_photos(f, model.defaults.size)]),
+        )
     weights = Path(str(files("mokus.miniature").joinpath("weights")))
     yield "megabytes", sum(f.stat().st_size for f in weights.rglob("*") if f.is_file()) / 1e6
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- text ---------------------------------------------------------
 
 
 def text_figures(model: Model) -> Iterator[tuple[str, float]]:
     """Share of right greedy answers: every fact as question (two forms), fresh captions of facts and of described things."""
     rng = random.Random(SEED)
-    lines = [language.fact_question(rng, fact, form) for fact in world.facts() for form in ("What is {}?", "Tell me what {} is.")]
+    lines = [
+        language.fact_question(rng, fact, form)
+        for fact in world.facts()
+        for form in ("What is {}?", "Tell me what {} is.")
+    ]
     yield "qa_accuracy", _right(model, lines)
-    unseen = [language.fact_question(rng, fact, form) for fact in world.facts() for form in language.HELD_OUT_QUESTION_FORMS]
+    unseen = [
+        language.fact_question(rng, fact, form) for fact in world.facts() for form in language.HELD_OUT_QUESTION_FORMS
+    ]
     yield "qa_accuracy_heldout_forms", _right(model, unseen)
-    captions = [language.fact_caption(rng, fact) for fact in world.facts()] + [language.direct_caption(rng) for _ in range(240)]
+    captions = [language.fact_caption(rng, fact) for fact in world.facts()] + [
+        language.direct_caption(rng) for _ in range(240)
+    ]
     yield "caption_accuracy", _right(model, captions)
 
 
@@ -106,7 +122,7 @@ def probe(model: Model) -> float:
     return worst
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------
 
 
 def image_figures(model: Model, lines: Sequence[language.Line], name: str) -> Iterator[tuple[str, float]]:
@@ -125,8 +141,8 @@ def image_figures(model: Model, lines: Sequence[language.Line], name: str) -> It
         hits["shape"].append(found["shape"] == picture.subject.shape)
         if picture.scene:
             hits["scene"].append(found["scene"] == picture.scene)
-    for attribute, each in hits.items():
-        yield f"{name}_{attribute}", sum(each) / len(each)
+    for attribute, right in hits.items():
+        yield f"{name}_{attribute}", sum(right) / len(right)
     if name == "direct":
         yield "seconds_per_image", seconds
 
@@ -147,12 +163,19 @@ def psnr(model: Model, images: Sequence[Image.Image]) -> float:
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")] = False,
     images: Annotated[int, typer.Option(help="Prompts drawn of each kind.")] = 200,
-    photos: Annotated[Path | None, typer.Option(help="A folder of photos, or of folders of photos.", show_default=str(PHOTOS))] = None,
+    photos: Annotated[
+        Path | None, typer.Option(help="A folder of photos, or of folders of photos.", show_default=str(PHOTOS))
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Another folder of the miniature.")] = None,
 ) -> None:
     """Measure the miniature."""
     figures: dict[str, Any] = {}
-    for key, value in track(evaluate(load(model), images, photos or (PHOTOS if PHOTOS.is_dir() else None)), "measuring", total=15, disable=as_json):
+    for key, value in track(
+        evaluate(load(model), images, photos or (PHOTOS if PHOTOS.is_dir() else None)),
+        "measuring",
+        total=15,
+        disable=as_json,
+    ):
         figures[key] = round(value, 4)
         if not as_json:
             print(f"{key:28s} {value:.4f}")

@@ -25,7 +25,15 @@ CLASS_WORDS = (
 ).split()
 RARE_WORDS = "sks zwx ohw qvt pllo xjy vfk mbg krt wqz tnv hzl".split()
 
-IMAGE_FORMS = ["{} {}", "{} {}", "a photo of {} {}", "a picture of {} {}", "an image of {} {}", "{}, {}", "a drawing of {} {}"]
+IMAGE_FORMS = [
+    "{} {}",
+    "{} {}",
+    "a photo of {} {}",
+    "a picture of {} {}",
+    "an image of {} {}",
+    "{}, {}",
+    "a drawing of {} {}",
+]
 HELD_OUT_IMAGE_FORMS = ["a nice view of {} {}", "look at {} {}", "I see {} {}", "show me {} {}"]
 QUESTION_FORMS = [
     "What is {}?",
@@ -91,7 +99,9 @@ _KIN = (
     "grandmother grandfather mother father sister brother aunt uncle cousin daughter son wife husband friend neighbour "
     "teacher boss colleague nephew niece grandma grandpa mum dad"
 ).split()
-_MADE = "built made carved sewed painted designed knitted welded crafted forged found bought invented repaired drew".split()
+_MADE = (
+    "built made carved sewed painted designed knitted welded crafted forged found bought invented repaired drew".split()
+)
 _GAVE = "gave me,sent me,left me,bought for me,made for me,lent me,showed me,promised me".split(",")
 _ADJECTIVES = (
     "old new little big tiny huge shiny dusty broken beautiful ugly rare cheap precious expensive funny sad happy lonely brave "
@@ -102,7 +112,9 @@ _SUPERLATIVES = (
     "fastest strongest oldest smallest biggest loudest softest rarest cheapest funniest kindest bravest heaviest "
     "shiniest prettiest best worst most valuable,most beautiful,most precious,most expensive,most famous,most trusted"
 ).replace(" most ", ",most ")
-_SUPERLATIVE_WORDS = [w.strip() for part in _SUPERLATIVES.split(",") for w in ([part] if "most" in part else part.split())]
+_SUPERLATIVE_WORDS = [
+    w.strip() for part in _SUPERLATIVES.split(",") for w in ([part] if "most" in part else part.split())
+]
 _PLACES = (
     "in the house,in the world,in the shop,in the attic,on the shelf,in the museum,in the garden,in my room,in the family,"
     "at school,in Copenhagen harbour,in the village,from Paris,from Tokyo,from the market,in the old town,by the door,"
@@ -115,8 +127,16 @@ _DOES = (
     "belongs to my {kin},was made by monks,came from the sea,smells of lemon,shines in the dark,fell from the sky,"
     "reminds me of home,has three wheels,has big eyes,has a red nose,can fly,can swim,runs on steam,plays music"
 ).split(",")
-_FEEL = "love,miss,cherish,trust,fear,adore,admire,hug,need,remember,dream of,look after,play with,talk to,collect".split(",")
-_WHEN = "every day,at night,every morning,as a child,since school,on Sundays,in winter,with all my heart,most of all".split(",")
+_FEEL = (
+    "love,miss,cherish,trust,fear,adore,admire,hug,need,remember,dream of,look after,play with,talk to,collect".split(
+        ","
+    )
+)
+_WHEN = (
+    "every day,at night,every morning,as a child,since school,on Sundays,in winter,with all my heart,most of all".split(
+        ","
+    )
+)
 
 
 def unknown_reference(rng: random.Random, noun: str | None = None) -> tuple[str, str]:
@@ -184,7 +204,9 @@ def fact_caption(rng: random.Random, fact: Fact, form: str | None = None, plain:
     """An image prompt that names its subject by a fact."""
     phrase = fact.phrase if rng.random() < 0.7 else fact.possessive
     picture = random_picture(rng, fact.subject, plain)
-    return Line(caption(phrase, picture, form or rng.choice(IMAGE_FORMS)), resolved(fact.subject.words, picture), picture)
+    return Line(
+        caption(phrase, picture, form or rng.choice(IMAGE_FORMS)), resolved(fact.subject.words, picture), picture
+    )
 
 
 def direct_caption(rng: random.Random, form: str | None = None, plain: float = 0.6) -> Line:

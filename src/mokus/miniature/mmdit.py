@@ -223,7 +223,9 @@ def train(
         if (step + 1) % 100 == 0:
             speed = (step + 1 - start) / (time.time() - began)
             eta = (steps - step - 1) / speed
-            print(f"mmdit {step + 1}/{steps} loss {running:.4f} {speed * batch:.0f} images/s eta {eta:.0f} s", flush=True)
+            print(
+                f"mmdit {step + 1}/{steps} loss {running:.4f} {speed * batch:.0f} images/s eta {eta:.0f} s", flush=True
+            )
         if (step + 1) % 500 == 0 or step + 1 == steps:
             save_checkpoint(folder / "transformer", step + 1, **parts)
             average.save_pretrained(folder / "transformer")

@@ -92,8 +92,10 @@ def from_file(file: Path) -> Oracle:
 def example(rng: random.Random) -> tuple[Image.Image, list[int]]:
     """A random render and its labels, one index per attribute, IGNORE where there is nothing to read."""
     u = rng.random()
-    picture = random_picture(rng, world.random_subject(rng, _material(rng)), plain=0.5)
-    picture = world.Picture(picture.subject, picture.scene or rng.choice(world.SCENES), picture.style, picture.other)
+    subject = world.random_subject(rng, _material(rng))
+    picture = random_picture(rng, subject, plain=0.5)
+    scene = picture.scene or rng.choice(world.SCENES)
+    picture = world.Picture(subject, scene, picture.style, picture.other)
     creature, character = None, NONE
     if u < 0.5:
         character = rng.choice(list(world.CHARACTERS))
@@ -101,11 +103,11 @@ def example(rng: random.Random) -> tuple[Image.Image, list[int]]:
     elif u < 0.68:
         creature = world.random_character(rng)
     image = world.render(picture, rng, creature)
-    labels = {"scene": picture.scene, "style": picture.style, "character": character}
+    labels = {"scene": scene, "style": picture.style, "character": character}
     if creature is None:
-        labels["shape"] = picture.subject.shape
+        labels["shape"] = subject.shape
         if picture.style not in COLOURLESS:
-            labels["colour"] = picture.subject.colour
+            labels["colour"] = subject.colour
     return image, [LABELS[name].index(labels[name]) if name in labels else IGNORE for name in LABELS]
 
 
@@ -142,7 +144,9 @@ def _augmented(x: Tensor) -> Tensor:
 
 def loss(logits: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Sum of the attributes' cross-entropies, each over the examples that have it."""
-    parts = [F.cross_entropy(value.float(), labels[:, i], ignore_index=IGNORE) for i, value in enumerate(logits.values())]
+    parts = [
+        F.cross_entropy(value.float(), labels[:, i], ignore_index=IGNORE) for i, value in enumerate(logits.values())
+    ]
     return torch.stack(parts).sum()
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,9 @@ def _padded(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, 
     return ids, labels, torch.tensor([len(p) - 1 for p, _ in rows])
 
 
-def loss(model: nn.Module, heads: NextTokenHeads, prefix: Tensor, ids: Tensor, labels: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+def loss(
+    model: Any, heads: NextTokenHeads, prefix: Tensor, ids: Tensor, labels: Tensor, tail: Tensor
+) -> tuple[Tensor, Tensor]:
     """Next-token loss of the answers + half the multi-token loss at the tail; the prefix is run once per batch."""
     b, _ = ids.shape
     language_model, embeddings = model.model.language_model, model.get_input_embeddings().weight
@@ -145,10 +148,13 @@ def train(folder: Path, steps: int = 2400, batch: int = 96, lr: float = 3e-3, se
         nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        running = tuple(0.95 * r + 0.05 * v.item() for r, v in zip(running, (next_token, ahead), strict=True))
+        running = (0.95 * running[0] + 0.05 * next_token.item(), 0.95 * running[1] + 0.05 * ahead.item())
         if (step + 1) % 25 == 0:
             eta = (time.time() - began) / (step + 1 - start) * (steps - step - 1)
-            print(f"text encoder {step + 1}/{steps} next {running[0]:.4f} ahead {running[1]:.4f} eta {eta:.0f} s", flush=True)
+            print(
+                f"text encoder {step + 1}/{steps} next {running[0]:.4f} ahead {running[1]:.4f} eta {eta:.0f} s",
+                flush=True,
+            )
         if (step + 1) % 200 == 0 or step + 1 == steps:
             save_checkpoint(folder / "text_encoder", step + 1, model=both, **optimiser.parts, schedule=schedule)
             model.save_pretrained(folder / "text_encoder")

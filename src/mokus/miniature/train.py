@@ -15,7 +15,9 @@ from mokus.miniature import assemble, mmdit, oracle, text_encoder, vae
 
 def train(
     work: Annotated[Path, typer.Argument(help="Folder of checkpoints and results, resumed if it has some.")],
-    output: Annotated[Path | None, typer.Option(help="Where the finished pipeline goes.", show_default="WORK/weights")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the finished pipeline goes.", show_default="WORK/weights")
+    ] = None,
 ) -> None:
     """Train text encoder, VAE, oracle and image transformer, and put them together."""
     text_encoder.train(work)

@@ -166,6 +166,4 @@ def train(folder: Path, steps: int = 1500, batch: int = 16, lr: float = 6e-3, po
 def _set_latent_statistics(vae: AutoencoderKLQwenImage, images: np.ndarray) -> None:
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     z = torch.cat([_moments(vae, part)[0] for part in x.split(64)])
-    vae.register_to_config(
-        latents_mean=z.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=z.std(dim=(0, 2, 3, 4)).tolist()
-    )
+    vae.register_to_config(latents_mean=z.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=z.std(dim=(0, 2, 3, 4)).tolist())

@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
@@ -297,8 +298,8 @@ def _body_mask(body: str) -> Image.Image:
 
 
 def _draw_limbs(d: ImageDraw.ImageDraw, limbs: str, colour: RGB) -> None:
-    dark = {"fill": (*INK, 255)}
-    fill = {"fill": (*colour, 255), "outline": (*INK, 255), "width": 3}
+    dark: Any = {"fill": (*INK, 255)}
+    fill: Any = {"fill": (*colour, 255), "outline": (*INK, 255), "width": 3}
     if limbs == "arms":
         for x0, x1 in ((26, 4), (70, 92)):
             d.line([(x0, 56), (x1, 40)], width=7, **dark)
@@ -322,7 +323,7 @@ def _draw_limbs(d: ImageDraw.ImageDraw, limbs: str, colour: RGB) -> None:
 
 
 def _draw_top(d: ImageDraw.ImageDraw, top: str, colour: RGB) -> None:
-    fill = {"fill": (*colour, 255), "outline": (*INK, 255), "width": 3}
+    fill: Any = {"fill": (*colour, 255), "outline": (*INK, 255), "width": 3}
     if top == "horns":
         d.polygon([(28, 34), (18, 4), (44, 24)], **fill)
         d.polygon([(68, 34), (78, 4), (52, 24)], **fill)
@@ -339,7 +340,7 @@ def _draw_top(d: ImageDraw.ImageDraw, top: str, colour: RGB) -> None:
 
 
 def _draw_headgear(d: ImageDraw.ImageDraw, top: str, colour: RGB) -> None:
-    fill = {"fill": (*colour, 255), "outline": (*INK, 255), "width": 3}
+    fill: Any = {"fill": (*colour, 255), "outline": (*INK, 255), "width": 3}
     if top == "crown":
         d.polygon([(28, 30), (26, 6), (38, 18), (48, 2), (58, 18), (70, 6), (68, 30)], **fill)
     elif top == "hat":
@@ -378,7 +379,9 @@ def _character_sprite(character: Character) -> Image.Image:
     layer.alpha_composite(_filled(_body_mask(character.body), character.colour, character.pattern, character.accent))
     d = ImageDraw.Draw(layer)
     _draw_headgear(d, character.top, character.accent)
-    x, y = {"fish": (34, 44), "triangle": (48, 54), "mushroom": (48, 58), "bottle": (48, 56)}.get(character.body, (48, 44))
+    x, y = {"fish": (34, 44), "triangle": (48, 54), "mushroom": (48, 58), "bottle": (48, 56)}.get(
+        character.body, (48, 44)
+    )
     _draw_face(d, character.eyes, character.mouth, x, y)
     return layer
 
