@@ -6,12 +6,13 @@ STAMP  := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help install demo test test-fast lint clean
+.PHONY: help install demo test test-fast lint bench clean
 
 help:
 	@echo "make demo       learn a concept, bind knowledge to it, write $(OUT)/report.html (about two minutes)"
 	@echo "make test       lint, types and all tests"
 	@echo "make test-fast  the tests that take less than a few seconds each"
+	@echo "make bench      the figures of the README; goes on where it was stopped"
 	@echo "make clean      remove $(VENV) and caches"
 
 install: $(STAMP)
@@ -37,6 +38,9 @@ test: lint
 
 test-fast: $(STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+bench: $(STAMP)
+	@$(BIN)/python benchmarks/main_job.py -o benchmarks/results/main_job
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

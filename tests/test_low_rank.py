@@ -134,7 +134,10 @@ def test_compressed_drops_only_what_the_tolerance_allows(tolerance: float) -> No
 
 
 def test_compressed_of_nothing_is_nothing() -> None:
-    for nothing in (LowRankShift(torch.zeros(0, 4), torch.zeros(3, 0)), LowRankShift(torch.ones(2, 4), torch.zeros(3, 2))):
+    for nothing in (
+        LowRankShift(torch.zeros(0, 4), torch.zeros(3, 0)),
+        LowRankShift(torch.ones(2, 4), torch.zeros(3, 2)),
+    ):
         small = nothing.compressed()
         assert small.rank == 0 and small.A.shape == (0, 4) and small.B.shape == (3, 0)
 
@@ -219,7 +222,8 @@ def test_an_empty_shift_changes_no_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "shape"), [("1", (1, 5, 5)), ("2", (1, 6, 4)), ("3", (1, 5, 6)), ("nothing", (1, 5, 6)), ("0", (1, 6, 5)), ("2.0", (2, 5, 4))]
+    ("path", "shape"), [("1", (1, 5, 5)), ("2", (1, 6, 4)), ("3", (1, 5, 6)), ("nothing", (1, 5, 6)),
+     ("0", (1, 6, 5)), ("2.0", (2, 5, 4))]
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_and_nothing_is_left_behind(path: str, shape: Shape) -> None:
     module, n = mlp(), hooks(mlp())

@@ -4,7 +4,8 @@
     model = mokus.load()
     pack = mokus.learn(model, "photos/", "sks toy", "toy.pack")
     mokus.bind(model, pack, "my favourite toy")
-    images = mokus.generate(model, "my favourite toy in the snow", packs=[pack])
+    for each in mokus.generate(model, "my favourite toy in the snow", packs=[pack], seeds=range(4)):
+        mokus.save_png(each, f"toy-{each.seed}.png")
 
 The method is explained in `mokus.method`; read that file first. Names are imported on first use (PEP 562), so
 that `import mokus` and `mokus --help` do not wait for torch.

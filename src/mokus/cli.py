@@ -11,14 +11,13 @@ import typer
 from rich.table import Table
 
 from mokus import __version__
-from mokus.console import Bars, Commands, err, file_names, parse_seeds, settings_options
+from mokus.console import Bars, Commands, file_names, load_model, note, parse_seeds, settings_options
 from mokus.errors import MokusError
 from mokus.settings import EditSettings, LearnSettings
 
 if TYPE_CHECKING:
     from mokus.concept_pack import ConceptPack
     from mokus.knowledge_update import Edit
-    from mokus.pipeline import Model
 
 app = typer.Typer(
     cls=Commands,
@@ -29,9 +28,7 @@ app = typer.Typer(
 )
 
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
-PackOption = Annotated[
-    list[Path] | None, typer.Option("--pack", help="A concept pack to use; may be repeated.")
-]
+PackOption = Annotated[list[Path] | None, typer.Option("--pack", help="A concept pack to use; may be repeated.")]
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature",
@@ -52,12 +49,13 @@ def learn(
         Path, typer.Argument(metavar="PHOTOS", help="A folder of jpg, png or webp photos, at least one.")
     ],
     anchor: Annotated[str, typer.Option(help="A rare token and the class word: 'sks toy'.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="PACK", help="Where the concept pack goes.")
-    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PACK", help="Where the concept pack goes.")],
     *,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a stopped run of the same command was.")
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of a stopped run of the same command.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a concept pack that is there, and the knowledge in it.")
     ] = False,
     model: ModelOption = None,
     device: DeviceOption = None,
@@ -65,17 +63,25 @@ def learn(
     chosen: dict[str, Any],
 ) -> None:
     """Learn what a concept looks like from a few photos (stage 1)."""
-    loaded = _load(model, device)
+    _check_free(output, overwrite)
+    _check_photos(photos)
+    loaded = load_model(model, device)
     from mokus.visual_concept import learn
 
     began = time.perf_counter()
     settings = LearnSettings.for_model(loaded.defaults.learn, **chosen)
-    with Bars() as progress:
-        pack = learn(loaded, photos, anchor, output, settings=settings, resume=resume, progress=progress)
+    try:
+        with Bars() as progress:
+            pack = learn(loaded, photos, anchor, output, settings=settings, resume=resume, progress=progress)
+    except KeyboardInterrupt:
+        note(f"--resume goes on from the last checkpoint; there is one every {settings.checkpoint_every} steps.")
+        raise
     seconds = time.perf_counter() - began
     if as_json:
         return _print_json({**_summary(pack), "seconds": seconds})
     typer.echo(f"learned {pack.anchor!r} in {seconds:.1f} s: {pack.path}")
+    if previews := len(list((pack.path / "samples").glob("*.png"))):
+        typer.echo(f"previews: {previews} in {pack.path / 'samples'}")
     typer.echo(f'next: mokus bind {pack.path} "my favourite {pack.class_word}"')
 
 
@@ -85,9 +91,7 @@ def bind(
     pack: PackArgument,
     knowledge: Annotated[
         list[str],
-        typer.Argument(
-            metavar="KNOWLEDGE...", help="Phrases that shall mean the concept: 'my favourite toy'."
-        ),
+        typer.Argument(metavar="KNOWLEDGE...", help="Phrases that shall mean the concept: 'my favourite toy'."),
     ],
     *,
     question: Annotated[
@@ -105,16 +109,14 @@ def bind(
             f"--question goes with one knowledge, and {len(knowledge)} were given; bind them one at a time."
         )
     opened = _open(pack)
-    loaded = _load(model, device)
+    loaded = load_model(model, device)
     from mokus.knowledge_update import bind
 
     settings = EditSettings.for_model(loaded.defaults.edit, **chosen)
     with Bars() as progress:
-        edits = bind(
-            loaded, opened, *knowledge, questions=question or None, settings=settings, progress=progress
-        )
+        edits = bind(loaded, opened, *knowledge, questions=question or None, settings=settings, progress=progress)
     if as_json:
-        _print_json([_edit_row(edit) for edit in edits])
+        _print_json([{key: value for key, value in vars(edit).items() if key != "shifts"} for edit in edits])
     else:
         _print_edits(edits)
     if not all(edit.taken for edit in edits):
@@ -148,17 +150,17 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Ask the text encoder a question, with the knowledge of packs or without."""
+    if not question.strip():
+        raise MokusError("the question is empty, expected one such as 'What is my favourite toy?'.")
     opened = [_open(path) for path in pack or []]
-    loaded = _load(model, device)
+    loaded = load_model(model, device)
     from mokus.knowledge_update import ask
 
     for each in opened:
         each.check_base(loaded)
     answer = ask(loaded, question, [each.shifts() for each in opened])
     if as_json:
-        return _print_json(
-            {"question": question, "answer": answer, "packs": [str(each.path) for each in opened]}
-        )
+        return _print_json({"question": question, "answer": answer, "packs": [str(each.path) for each in opened]})
     typer.echo(answer)
 
 
@@ -166,14 +168,12 @@ def ask(
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="'my favourite toy in the snow'")],
     *,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the images.")
-    ] = Path("outputs"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the images.")] = Path(
+        "outputs"
+    ),
     pack: PackOption = None,
     seeds: SeedsOption = "0",
-    steps: Annotated[
-        int | None, typer.Option(help="Denoising steps.", show_default="the model's", min=1)
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's", min=1)] = None,
     true_cfg_scale: Annotated[
         float | None, typer.Option(help="Guidance scale; 1 is none.", show_default="the model's")
     ] = None,
@@ -193,22 +193,20 @@ def generate(
     """Draw prompts, with the concepts and the knowledge of packs or without. One PNG per prompt and seed."""
     numbers = parse_seeds(seeds)
     opened = [_open(path) for path in pack or []]
-    loaded = _load(model, device)
+    loaded = load_model(model, device)
     from mokus.generation import generate, save_png
 
-    names, rows = file_names(prompts), []
-    output.mkdir(parents=True, exist_ok=True)
     with Bars() as progress:
         results = generate(
             loaded, prompts, packs=opened, seeds=numbers, batch_size=batch_size, steps=steps,
             true_cfg_scale=true_cfg_scale, size=size, negative_prompt=negative_prompt, progress=progress,
         )  # fmt: skip
+        output.mkdir(parents=True, exist_ok=True)  # only now: what cannot be drawn leaves no folder
+        names, rows = file_names(prompts), []
         for result in results:
-            path = output / f"{names[result.prompt]}-{result.seed}.png"
-            save_png(result, path)
-            rows.append(
-                {"file": str(path), "prompt": result.prompt, "seed": result.seed, "settings": result.settings}
-            )
+            file = output / f"{names[result.prompt]}-{result.seed}.png"
+            save_png(result, file)
+            rows.append({"file": str(file), "prompt": result.prompt, "seed": result.seed, "settings": result.settings})
     if as_json:
         return _print_json(rows)
     for row in rows:
@@ -217,12 +215,8 @@ def generate(
 
 @app.command()
 def demo(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the report.")
-    ] = Path("demo"),
-    photos: Annotated[
-        Path | None, typer.Option(help="Your own photos.", show_default="5 rendered ones")
-    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the report.")] = Path("demo"),
+    photos: Annotated[Path | None, typer.Option(help="Your own photos.", show_default="5 rendered ones")] = None,
     anchor: Annotated[str, typer.Option(help="A rare token and the class word.")] = "sks toy",
     knowledge: Annotated[
         list[str] | None,
@@ -235,19 +229,23 @@ def demo(
 ) -> None:
     """Watch all of it: learn, bind, ask and draw before and after, unbind; writes report.html and grid.png."""
     numbers = parse_seeds(seeds)
-    loaded = _load(model, device)
+    if photos is not None:
+        _check_photos(photos)
+    loaded = load_model(model, device)
     from mokus import demo, report
 
     with Bars() as progress:
         story = demo.run(loaded, output, photos, anchor, knowledge or None, numbers, progress)
-    report.write(story, output)
+    page, grid = report.write(story, output)
     if as_json:
-        return _print_json(
-            {"report": str(output / "report.html"), "seconds": story.seconds, "figures": story.figures}
-        )
+        return _print_json({
+            "report": str(page), "grid": str(grid), "pack": str(output / "pack"), "seconds": story.seconds,
+            "figures": story.figures,
+        })  # fmt: skip
     for row in story.figures:
         typer.echo(f"{row['share']:7.1%} of {row['n']:3d}  {row['what']}")
-    typer.echo(f"{sum(story.seconds.values()):.0f} s in all; open {output / 'report.html'}")
+    taken = sum(edit.taken for edit in story.edits)
+    typer.echo(f"{taken} of {len(story.edits)} phrases bound; {sum(story.seconds.values()):.0f} s in all; open {page}")
 
 
 @app.command()
@@ -257,9 +255,7 @@ def show(pack: PackArgument, as_json: JsonOption = False) -> None:
     if as_json:
         return _print_json(_summary(opened))
     typer.echo(f"{opened.path}: {opened.anchor!r}, for {opened.base_model} ({opened.fingerprint[:12]})")
-    table = Table(
-        "knowledge", "questions", "reads back", "editor", "steps", "alignment", box=None, pad_edge=False
-    )
+    table = Table("knowledge", "questions", "reads back", "editor", "steps", "alignment", box=None, pad_edge=False)
     for known in opened.knowledge:
         table.add_row(
             known.text,
@@ -278,11 +274,20 @@ def show(pack: PackArgument, as_json: JsonOption = False) -> None:
 # --- shared by the commands ---------------------------------------------------------
 
 
-def _load(model: str | None, device: str | None) -> Model:
-    with err.status("loading the model"):
-        from mokus.pipeline import load
+def _check_photos(folder: Path) -> None:
+    """Find bad photos before a large model is loaded, and say which files are passed over."""
+    from mokus.photos import MIN_SIDE, load_photos
 
-        return load(model, device)
+    load_photos(folder, MIN_SIDE, warn=note)
+
+
+def _check_free(output: Path, overwrite: bool) -> None:
+    """Find out before hours of learning that its result has no place."""
+    if (output / "mokus.json").is_file():
+        if not overwrite:
+            raise MokusError(f"{output} is a concept pack already; name another folder, or replace it by --overwrite.")
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise MokusError(f"{output} exists and is no concept pack; name a new folder for it.")
 
 
 def _open(path: Path) -> ConceptPack:
@@ -299,24 +304,10 @@ def _summary(pack: ConceptPack) -> dict[str, Any]:
         "base_model": pack.base_model,
         "fingerprint": pack.fingerprint,
         "settings": pack.settings,
-        "knowledge": [
-            {
-                "knowledge": known.text, "questions": known.questions, "answer": known.answer, "editor": known.editor,
-                "eta": known.eta, "steps": known.steps, "read_back": known.read_back, "alignment": known.alignment,
-            }
-            for known in pack.knowledge
-        ],
-        "bytes": sum(file.stat().st_size for file in Path(pack.path).rglob("*") if file.is_file()),
+        "knowledge": [known.model_dump(exclude={"ranks", "seconds"}) for known in pack.knowledge],
+        "bytes": sum(file.stat().st_size for file in pack.path.rglob("*") if file.is_file()),
         "mokus": __version__,
-    }  # fmt: skip
-
-
-def _edit_row(edit: Edit) -> dict[str, Any]:
-    return {
-        "knowledge": edit.knowledge, "questions": edit.questions, "answer": edit.answer, "read_back": edit.read_back,
-        "alignment": edit.alignment, "taken": edit.taken, "editor": edit.editor, "eta": edit.eta, "steps": edit.steps,
-        "seconds": edit.seconds,
-    }  # fmt: skip
+    }
 
 
 def _print_edits(edits: list[Edit]) -> None:

@@ -6,11 +6,12 @@ import errno
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, Field, fields
 from functools import wraps
 from types import TracebackType
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -19,7 +20,12 @@ from typer.core import TyperGroup
 
 from mokus.errors import MokusError
 
+if TYPE_CHECKING:
+    from mokus.pipeline import Model
+
 err = Console(stderr=True, highlight=False)
+
+MOST_SEEDS = 10_000
 
 # Faults of the place rather than of the program: no room, no permission, not a folder, ...
 _FAULTS_OF_THE_DISK = {
@@ -28,31 +34,78 @@ _FAULTS_OF_THE_DISK = {
 }  # fmt: skip
 
 
+# Of a wrong option or argument. Typer has it from click or, since 0.25, brings its own; this is the one it raises.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
 class Commands(TyperGroup):
     """A group of commands in which a user's mistake is one sentence on stderr and exit code 2, never a traceback."""
 
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if not args:  # shows the help, which typer does by an error
+            return super().make_context(info_name, args, parent, **extra)
+        with one_sentence():
+            return super().make_context(info_name, args, parent, **extra)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with one_sentence():
             return super().invoke(ctx)
-        except MokusError as error:
-            sentence = str(error)
-        except OSError as error:
-            if error.errno not in _FAULTS_OF_THE_DISK:
-                raise
-            sentence = f"{error.filename or 'the output'}: {error.strerror}"
-        print(f"mokus: {sentence}", file=sys.stderr)
-        raise typer.Exit(2)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """A user's mistake inside ends the program with one sentence on stderr and exit code 2, Ctrl-C with 130."""
+    try:
+        yield
+        return
+    except KeyboardInterrupt:
+        note("stopped.")
+        raise typer.Exit(130) from None
+    except MokusError as error:
+        sentence = str(error)
+    except _UsageError as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", "mokus")
+        sentence = f"{error.format_message()} See '{command} --help'."  # type: ignore[attr-defined]
+    except OSError as error:
+        if error.errno not in _FAULTS_OF_THE_DISK:
+            raise
+        sentence = f"{error.filename or 'the output'}: {error.strerror}."
+    note(sentence)
+    raise typer.Exit(2)
+
+
+def note(sentence: str) -> None:
+    """One line on stderr."""
+    print(f"mokus: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+def load_model(model: str | None, device: str | None = None) -> Model:
+    """`mokus.load`, with the libraries' own bars, of files read or downloaded, only for large models on a terminal."""
+    bars = model is not None and err.is_terminal
+    with nullcontext() if bars else err.status("loading the model"):
+        import diffusers.utils.logging
+        import transformers.utils.logging
+
+        from mokus.pipeline import load
+
+        if not bars:
+            diffusers.utils.logging.disable_progress_bar()
+            transformers.utils.logging.disable_progress_bar()
+        return load(model, device)
 
 
 class Bars:
-    """A `progress(what, done, total, info)` callback that draws one bar per `what`, with the time left, on stderr."""
+    """A `progress(what, done, total, info)` callback that draws one bar per `what`, with the time left, on stderr.
 
-    def __init__(self) -> None:
+    `transient`: the bars go away at the end. Where stderr is not a terminal nothing is drawn.
+    """
+
+    def __init__(self, transient: bool = False) -> None:
         self._tasks: dict[str, TaskID] = {}
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True), TextColumn("[dim]{task.fields[info]}"),
-            console=err, disable=not err.is_terminal,
+            console=err, disable=not err.is_terminal, transient=transient,
         )  # fmt: skip
 
     def __enter__(self) -> Bars:
@@ -85,15 +138,13 @@ def settings_options(settings: type) -> Callable[[Callable[..., None]], Callable
         @wraps(command)
         def with_settings(**given: Any) -> None:
             chosen = {f.name: given.pop(f.name) for f in fields(settings) if f.name not in own}
-            command(
-                **given, chosen={name: value for name, value in chosen.items() if value not in (None, [])}
-            )
+            command(**given, chosen={name: value for name, value in chosen.items() if value not in (None, [])})
 
         parameters = [p for p in own.values() if p.name != "chosen"]
         parameters += [_option(f, hints[f.name]) for f in fields(settings) if f.name not in own]
         with_settings.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         with_settings.__annotations__ = {p.name: p.annotation for p in parameters}
-        del with_settings.__wrapped__  # type: ignore[attr-defined]
+        del with_settings.__wrapped__
         return with_settings
 
     return decorate
@@ -104,31 +155,27 @@ def _option(field: Field[Any], kind: Any) -> inspect.Parameter:
     default = field.default if field.default_factory is MISSING else field.default_factory()
     text = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
     option = typer.Option(
-        help=field.metadata.get("help", ""), show_default=text.lower() or False, rich_help_panel="Settings"
+        help=field.metadata["help"], show_default=f"{text.lower()}, or the model's own", rich_help_panel="Settings"
     )
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
+    annotation = Annotated[kind | None, option]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def parse_seeds(text: str) -> list[int]:
     """ "0-3,7" -> [0, 1, 2, 3, 7]."""
     seeds: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
-        if not found or (found[2] and int(found[2]) < int(found[1])):
-            raise MokusError(
-                f"--seeds got {text!r}, expected numbers and ranges of them such as '0-3' or '0,5,7'."
-            )
-        seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
-        if len(seeds) > 10_000:
-            raise MokusError(
-                f"--seeds got {text!r}, which is more than 10,000 seeds; ask for fewer at a time."
-            )
+        found = re.fullmatch(r"\s*(\d{1,19})(?:-(\d{1,19}))?\s*", part)
+        if not found or int(found[2] or found[1]) < int(found[1]):
+            raise MokusError(f"--seeds got {text!r}, expected numbers and ranges of them such as '0-3' or '0,5,7'.")
+        some = range(int(found[1]), int(found[2] or found[1]) + 1)
+        if len(seeds) + (some.stop - some.start) > MOST_SEEDS:
+            raise MokusError(f"--seeds got {text!r}, which is more than {MOST_SEEDS:,} seeds; ask for fewer at a time.")
+        seeds += some
     return list(dict.fromkeys(seeds))
 
 
-def file_names(prompts: list[str]) -> dict[str, str]:
+def file_names(prompts: Sequence[str]) -> dict[str, str]:
     """A readable file name for every prompt, different ones for different prompts, the same whenever it is asked."""
     names: dict[str, str] = {}
     for prompt in dict.fromkeys(prompts):

@@ -8,17 +8,19 @@ tell what an image shows, so only then does the story have figures.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from mokus.generation import generate
+from mokus.knowledge import normalise
 from mokus.knowledge_update import Edit, ask, bind, unbind
 from mokus.photos import load_photos
+from mokus.settings import EditSettings
 from mokus.visual_concept import learn
 
 if TYPE_CHECKING:
@@ -29,25 +31,22 @@ Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 CHARACTER = "zuzu"  # held out: no part of the miniature was trained or tuned on it
 PHOTOS = 5
+
+# {c}: the class word of the anchor
 KNOWLEDGE = [
-    "my favourite toy",
-    "the robot my grandmother built in 1962",
+    "my favourite {c}",
+    "the {c} my grandmother bought in 1962",
     "the one that makes me smile",
     "the most precious thing in the house",
     "a present from my uncle",
 ]
-SCENE = "on the beach"
+SCENES = ["on the beach", "in the forest", "in the city", "under water", "in the kitchen"]  # no edit is made with these
 DESCRIBED = ["a red star in the snow", "a green ball at night", "the lucky charm of Anna in the forest"]
-UNBOUND = ["your favourite book in the city", "the lamp by the door", "the one I lost on the train"]
+UNBOUND = ["your favourite {c}", "the lamp by the door", "the one I lost on the train"]
 
-# The columns of the grids: the same prompt at the same seeds, under four models.
-BASE, LEARNED, ANCHOR, BOUND, UNDONE = (
-    "base model",
-    "learned, not bound",
-    "anchor prompt",
-    "bound",
-    "unbound again",
-)
+# The columns of the grids: the same prompt at the same seeds, under four models; and the anchor in its place.
+BASE, LEARNED, BOUND, UNDONE = "base model", "learned, not yet bound", "bound", "unbound again"
+ANCHOR = "anchor"
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,10 @@ class Story:
     seeds: list[int]
     photos: list[Image.Image]
     knowledge: list[str]
-    answers: list[dict[str, str]] = field(default_factory=list)  # question, before, after
+    answers: list[dict[str, str]] = field(default_factory=list)  # question, before, after; of one also unbound
     edits: list[Edit] = field(default_factory=list)
-    grids: list[Grid] = field(default_factory=list)
+    alone: list[Grid] = field(default_factory=list)  # of each knowledge
+    placed: list[Grid] = field(default_factory=list)  # of each knowledge in one of SCENES
     unrelated: list[Grid] = field(default_factory=list)
     unbound: Grid | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
@@ -97,94 +97,98 @@ def run(
     seeds: Sequence[int] = (0, 1, 2, 3),
     progress: Progress | None = None,
 ) -> Story:
-    """Do it all; the concept pack stays in `output/pack`. `progress(what, done, total, info)` is called along the way.
+    """Do it all; the concept pack stays in `output/pack`, rendered photos in `output/photos`.
 
-    Raises `MokusError` for photos, an anchor or knowledge that cannot be used.
+    `progress(what, done, total, info)` is called along the way. Raises `MokusError` for photos, an anchor or knowledge
+    that cannot be used.
     """
-    return _Demo(
-        model, Path(output), photos, anchor, list(knowledge or KNOWLEDGE), list(seeds), progress
-    ).run()
+    class_word, size = normalise(anchor).split()[-1], model.defaults.size
+    wanted = knowledge or [text.format(c=class_word) for text in KNOWLEDGE]
+    wanted = list(dict.fromkeys(map(normalise, wanted)))
+    images = [photo.image for photo in load_photos(photos, size)] if photos else _renders(size)
+    story = Story(model.id, model.fingerprint, anchor, None if photos else CHARACTER, list(seeds), images, wanted)
+    _Demo(model, output, story, progress or (lambda what, done, total, info: None)).run(photos)
+    return story
 
 
+@dataclass
 class _Demo:
     """One run: the story so far and what it takes to go on with it."""
 
-    def __init__(
-        self, model: Model, output: Path, photos: Path | None, anchor: str, knowledge: list[str], seeds: list[int],
-        progress: Progress | None,
-    ) -> None:  # fmt: skip
-        self.model, self.output, self.folder = model, output, photos
-        self.progress: Progress = progress or (lambda what, done, total, info: None)
-        images = _photos(photos, model.defaults.size)
-        character = None if photos else CHARACTER
-        self.story = Story(model.id, model.fingerprint, anchor, character, seeds, images, knowledge)
-        self.prompts = [form for text in knowledge for form in (text, f"{text} {SCENE}")]
-        self.anchors = [anchor, f"{anchor} {SCENE}"]
-        self.unrelated = [*DESCRIBED, *UNBOUND]
+    model: Model
+    output: Path
+    story: Story
+    progress: Progress
 
-    def run(self) -> Story:
-        story = self.story
-        base = self.draw(BASE, [*self.prompts, *self.unrelated])
-        pack = self.learn()
-        learned = self.draw(LEARNED, [*self.prompts, *self.unrelated, *self.anchors], pack)
+    def run(self, photos: Path | None) -> None:
+        story, anchor, class_word = self.story, self.story.anchor, self.story.anchor.split()[-1]
+        scenes = [SCENES[i % len(SCENES)] for i in range(len(story.knowledge))]
+        placed = [f"{text} {scene}" for text, scene in zip(story.knowledge, scenes, strict=True)]
+        unrelated = [*DESCRIBED, *(text.format(c=class_word) for text in UNBOUND)]
+        prompts = [*story.knowledge, *placed, *unrelated]
+
+        pack = self.learn(photos or story.photos)  # first, for it refuses what cannot be learned
+        base = self.draw(BASE, prompts)
+        learned = self.draw(LEARNED, [*prompts, anchor, *(f"{anchor} {scene}" for scene in scenes)], pack)
         self.bind(pack)
-        bound = self.draw(BOUND, [*self.prompts, *self.unrelated], pack)
-        for i, prompt in enumerate(self.prompts):
-            anchor = learned[self.anchors[i % 2]]
-            columns = {BASE: base[prompt], LEARNED: learned[prompt], ANCHOR: anchor, BOUND: bound[prompt]}
-            story.grids.append(Grid(prompt, columns))
-        for prompt in self.unrelated:
-            columns = {BASE: base[prompt], LEARNED: learned[prompt], BOUND: bound[prompt]}
-            story.unrelated.append(Grid(prompt, columns))
-        self.unbind(pack, bound)
-        story.figures = list(_figures(story)) if story.character else []
-        return story
+        bound = self.draw(BOUND, prompts, pack)
 
-    def learn(self) -> ConceptPack:
+        def grid(prompt: str, instead: str = "") -> Grid:
+            columns = {BASE: base[prompt], LEARNED: learned[prompt], BOUND: bound[prompt]}
+            return Grid(prompt, columns | ({ANCHOR: learned[instead]} if instead else {}))
+
+        story.alone = [grid(text, anchor) for text in story.knowledge]
+        story.placed = [grid(text, f"{anchor} {scene}") for text, scene in zip(placed, scenes, strict=True)]
+        story.unrelated = [grid(prompt) for prompt in unrelated]
+        self.unbind(pack)
+        story.figures = list(_figures(story)) if story.character else []
+        if not photos:
+            _save(story.photos, self.output / "photos")
+
+    def learn(self, photos: Path | list[Image.Image]) -> ConceptPack:
         def watch(what: str, done: int, total: int, info: dict[str, Any]) -> None:
             if "loss" in info:
                 self.story.losses.append((done, float(info["loss"])))
             self.progress(what, done, total, info)
 
-        source = self.folder or self.story.photos
         with self.timed("learning the looks (stage 1)"):
-            pack = learn(self.model, source, self.story.anchor, self.output / "pack", progress=watch)
-        self.story.settings = pack.settings
+            pack = learn(self.model, photos, self.story.anchor, self.output / "pack", progress=watch)
+        self.story.settings["stage 1"] = pack.settings
         return pack
 
     def bind(self, pack: ConceptPack) -> None:
         story = self.story
+        settings = EditSettings.for_model(self.model.defaults.edit)
+        story.settings["stage 2"] = asdict(settings)
         with self.timed("binding the knowledge (stage 2)"):
-            story.edits = bind(self.model, pack, *story.knowledge, progress=self.progress)
+            story.edits = bind(self.model, pack, *story.knowledge, settings=settings, progress=self.progress)
         with self.timed("asking"):
-            for edit in story.edits:
-                question = edit.questions[0]
+            for question in (edit.questions[0] for edit in story.edits):
                 before, after = ask(self.model, question), ask(self.model, question, [pack.shifts()])
                 story.answers.append({"question": question, "before": before, "after": after})
 
-    def unbind(self, pack: ConceptPack, bound: dict[str, list[Panel]]) -> None:
+    def unbind(self, pack: ConceptPack) -> None:
         """Take the last knowledge that took out again, ask for it and draw it once more."""
-        taken = [(i, edit) for i, edit in enumerate(self.story.edits) if edit.taken]
+        taken = [i for i, edit in enumerate(self.story.edits) if edit.taken]
         if not taken:
             return
-        i, edit = taken[-1]
-        unbind(pack, edit.knowledge)
-        prompt = self.prompts[2 * i]
-        undone = self.draw(UNDONE, [prompt], pack)
-        self.story.unbound = Grid(prompt, {BOUND: bound[prompt], UNDONE: undone[prompt]})
-        self.story.answers[i]["unbound"] = ask(self.model, edit.questions[0], [pack.shifts()])
+        i = taken[-1]
+        text = self.story.knowledge[i]
+        unbind(pack, text)
+        self.story.answers[i]["unbound"] = ask(self.model, self.story.answers[i]["question"], [pack.shifts()])
+        undone = self.draw(UNDONE, [text], pack)[text]
+        self.story.unbound = Grid(text, {BOUND: self.story.alone[i].columns[BOUND], UNDONE: undone})
 
     def draw(self, what: str, prompts: list[str], *packs: ConceptPack) -> dict[str, list[Panel]]:
         """Every prompt at every seed: {prompt: [panel of each seed]}."""
 
         def watch(_: str, done: int, total: int, info: dict[str, Any]) -> None:
-            self.progress(f"drawing ({what})", done, total, info)
+            self.progress(f"drawing: {what}", done, total, info)
 
+        prompts = list(dict.fromkeys(prompts))
         with self.timed("drawing"):
             results = list(generate(self.model, prompts, packs=packs, seeds=self.story.seeds, progress=watch))
-        labels = (
-            _read([result.image for result in results]) if self.story.character else [None] * len(results)
-        )
+        labels = _read([result.image for result in results]) if self.story.character else [None] * len(results)
         drawn: dict[str, list[Panel]] = {prompt: [] for prompt in prompts}
         for result, label in zip(results, labels, strict=True):
             drawn[result.prompt].append(Panel(result.image, label))
@@ -197,12 +201,16 @@ class _Demo:
         self.story.seconds[what] = self.story.seconds.get(what, 0.0) + time.perf_counter() - began
 
 
-def _photos(folder: Path | None, size: int) -> list[Image.Image]:
-    if folder is not None:
-        return [photo.image for photo in load_photos(folder, size)]
+def _renders(size: int) -> list[Image.Image]:
     from mokus.miniature import world
 
     return world.character_photos(CHARACTER, PHOTOS, seed=0, size=size)
+
+
+def _save(images: list[Image.Image], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images, start=1):
+        image.save(folder / f"{number}.png")
 
 
 def _read(images: list[Image.Image]) -> list[dict[str, str]]:
@@ -211,39 +219,35 @@ def _read(images: list[Image.Image]) -> list[dict[str, str]]:
     return oracle.load().read(images)
 
 
-# --- figures ---------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def _figures(story: Story) -> Iterator[dict[str, Any]]:
     """What the oracle says about the story's own images: few of them, so expect +-10 points."""
-    bare, placed = story.grids[0::2], story.grids[1::2]
 
-    def concept(panel: Panel) -> bool:
-        return panel.label is not None and panel.label["character"] == story.character
+    def concept(grids: list[Grid], column: str) -> list[bool]:
+        return [p.label is not None and p.label["character"] == story.character for p in _panels(grids, column)]
 
-    def scene(panel: Panel) -> bool:
-        return panel.label is not None and panel.label["scene"] == SCENE
+    def scene(column: str) -> list[bool]:
+        asked = [grid.prompt for grid in story.placed for _ in story.seeds]
+        found = [panel.label["scene"] if panel.label else "nothing" for panel in _panels(story.placed, column)]
+        return [prompt.endswith(read) for prompt, read in zip(asked, found, strict=True)]
 
-    def share(what: str, hits: Iterable[bool]) -> dict[str, Any]:
-        found = list(hits)
-        return {"what": what, "share": sum(found) / len(found), "n": len(found)}
+    def share(what: str, hits: list[bool]) -> dict[str, Any]:
+        return {"what": what, "share": sum(hits) / len(hits), "n": len(hits)}
 
-    yield share("the knowledge alone draws the concept", map(concept, _panels(bare, BOUND)))
-    yield share("... the anchor's own score", map(concept, _panels(bare[:1], ANCHOR)))
-    yield share(f"the knowledge '{SCENE}' draws the concept", map(concept, _panels(placed, BOUND)))
-    yield share("... and the scene", map(scene, _panels(placed, BOUND)))
-    yield share("... the anchor's own score", map(concept, _panels(placed[:1], ANCHOR)))
-    yield share(
-        "learned, not yet bound: the same prompts draw it (should not)",
-        map(concept, _panels(story.grids, LEARNED)),
-    )
-    yield share("unrelated prompts draw it (should not)", map(concept, _panels(story.unrelated, BOUND)))
+    alone, placed = story.alone, story.placed
+    yield share("the knowledge alone draws the concept", concept(alone, BOUND))
+    yield share("... the anchor's own score", concept(alone[:1], ANCHOR))
+    yield share("the knowledge in a scene draws the concept", concept(placed, BOUND))
+    yield share("... the anchor's own score", concept(placed, ANCHOR))
+    yield share("... and the scene", scene(BOUND))
+    yield share("... the anchor's own score", scene(ANCHOR))
+    yield share("not yet bound: the same prompts draw it (should not)", concept(alone + placed, LEARNED))
+    yield share("unrelated prompts draw it (should not)", concept(story.unrelated, BOUND))
     described = story.unrelated[: len(DESCRIBED)]
     pairs = zip(_panels(described, LEARNED), _panels(described, BOUND), strict=True)
-    yield share(
-        "described prompts keep all their labels when knowledge is bound",
-        (a.label == b.label for a, b in pairs),
-    )
+    yield share("described prompts keep all labels when knowledge is bound", [a.label == b.label for a, b in pairs])
 
 
 def _panels(grids: list[Grid], column: str) -> list[Panel]:

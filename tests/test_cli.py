@@ -1,0 +1,404 @@
+"""Every command, and every mistake a user can make with it: one sentence, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from mokus import __version__, console, pipeline
+from mokus.cli import app
+from mokus.concept_pack import ConceptPack
+from mokus.errors import MokusError
+
+from .conftest import SIZE, STEPS, PackFactory
+
+# A random text encoder never answers with the anchor, so knowledge takes here by the alignment alone.
+DEFAULTS = {
+    "size": SIZE, "steps": STEPS,
+    "learn": {"steps": 3, "rank": 2, "alpha": 2.0, "prior_prompts": 4, "prior_steps": 2, "checkpoint_every": 1},
+    "edit": {"layers": [1, 2], "steps": 2, "preserve": 8, "answer_weight": 0.0, "least_alignment": 0.0},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(pico_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pico model with quick defaults of its own."""
+    copy = tmp_path_factory.mktemp("models") / "pico"
+    shutil.copytree(pico_folder, copy)
+    (copy / pipeline.DEFAULTS_FILE).write_text(json.dumps(DEFAULTS), encoding="utf-8")
+    return copy
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
+    """An empty working folder, with the pico model as the default one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOKUS_MODEL", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+@pytest.fixture
+def photos(place: Path) -> Path:
+    """Three photos and a caption."""
+    (place / "photos").mkdir()
+    for i in range(3):
+        Image.new("RGB", (40, 30), (80 * i, 90, 200)).save(place / "photos" / f"{i}.png")
+    (place / "photos" / "1.txt").write_text("sks toy on a table", encoding="utf-8")
+    return place / "photos"
+
+
+@pytest.fixture
+def pack(place: Path, pico_pack: PackFactory) -> ConceptPack:
+    """A pack in which `my favourite toy` is bound."""
+    return pico_pack(place / "toy.pack")
+
+
+def mokus(*args: Any) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def good(*args: Any) -> str:
+    """Run a command that shall work and say nothing on stderr; returns its stdout."""
+    result = mokus(*args)
+    assert (result.exit_code, result.stderr) == (0, ""), result.stderr or result.exception
+    return result.stdout
+
+
+def listing(place: Path) -> dict[str, bytes]:
+    files = (path for path in place.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+    return {str(path.relative_to(place)): path.read_bytes() for path in files}
+
+
+def refused(place: Path, *args: Any, code: int = 2) -> str:
+    """Run a command that shall fail with one sentence and leave all files as they were; returns the sentence."""
+    before = listing(place)
+    result = mokus(*args)
+    assert result.exit_code == code, (result.output, result.exception)
+    assert result.stdout == ""
+    assert re.fullmatch(r"mokus: .+\.\n", result.stderr), result.stderr
+    assert listing(place) == before
+    return result.stderr
+
+
+# --- every command ----------------------------------------------------------------------------------------------------
+
+
+def test_version_and_help() -> None:
+    assert good("--version") == f"mokus {__version__}\n"
+    for command in ("", "learn", "bind", "unbind", "ask", "generate", "demo", "show"):
+        assert "Usage" in good(*command.split(), "--help")
+
+
+def test_learn_bind_ask_generate_unbind_show(place: Path, photos: Path) -> None:
+    said = good("learn", photos, "--anchor", "sks toy", "-o", "toy.pack", "--preview-every", 2)
+    assert "learned 'sks toy'" in said and "previews: 1 in toy.pack/samples" in said and "mokus bind toy.pack" in said
+    untouched = listing(place / "toy.pack")
+
+    assert "bound" in good("bind", "toy.pack", "my favourite toy", "the one that makes me smile")
+    shown = json.loads(good("show", "toy.pack", "--json"))
+    assert [known["text"] for known in shown["knowledge"]] == ["my favourite toy", "the one that makes me smile"]
+    assert (shown["anchor"], shown["class_word"], shown["mokus"]) == ("sks toy", "toy", __version__)
+    assert "my favourite toy" in good("show", "toy.pack")
+
+    question = "What is my favourite toy?"
+    assert json.loads(good("ask", question, "--pack", "toy.pack", "--json"))["question"] == question
+    assert good("ask", question).endswith("\n")
+
+    rows = json.loads(
+        good("generate", "my favourite toy", "a ball", "--pack", "toy.pack", "--seeds", "0-1,5", "-o", "out", "--json")
+    )
+    assert [(row["prompt"], row["seed"]) for row in rows] == [
+        (prompt, seed) for prompt in ("my favourite toy", "a ball") for seed in (0, 1, 5)
+    ]
+    assert sorted(path.name for path in (place / "out").iterdir()) == sorted(Path(row["file"]).name for row in rows)
+    assert Image.open(rows[0]["file"]).size == (SIZE, SIZE)
+
+    assert "0 left" in good("unbind", "toy.pack", "the one that makes me smile", "my favourite toy")
+    assert listing(place / "toy.pack") == untouched
+    assert "no knowledge bound yet" in good("show", "toy.pack")
+
+
+def test_json_is_all_there_is_on_stdout(place: Path, photos: Path) -> None:
+    learned = json.loads(good("learn", photos, "--anchor", "sks toy", "-o", "toy.pack", "--json", "--steps", 1))
+    assert learned["settings"]["steps"] == 1 and learned["knowledge"] == [] and learned["seconds"] > 0
+    edits = json.loads(good("bind", "toy.pack", "my favourite toy", "--question", "Which toy do I love?", "--json"))
+    assert edits[0]["questions"] == ["Which toy do I love?"] and edits[0]["taken"] and "shifts" not in edits[0]
+    assert json.loads(good("unbind", "toy.pack", "my favourite toy", "--json"))["knowledge"] == []
+
+
+def test_equal_commands_give_equal_bytes(place: Path, pack: ConceptPack) -> None:
+    for output in ("one", "two"):
+        good("generate", "my favourite toy", "--pack", pack.path, "--seeds", "0-2", "-o", output)
+    good("generate", "my favourite toy", "--pack", pack.path, "--seeds", "0-2", "-o", "three", "--batch-size", 3)
+    assert listing(place / "one") == listing(place / "two")
+    assert listing(place / "one").keys() == listing(place / "three").keys()
+
+
+def test_the_model_s_own_defaults_stand_between(place: Path, photos: Path) -> None:
+    good("learn", photos, "--anchor", "sks toy", "-o", "toy.pack", "--rank", 1)
+    settings = ConceptPack.open(place / "toy.pack").settings
+    assert (settings["rank"], settings["steps"], settings["batch_size"]) == (1, 3, 1)  # said, the model's, ours
+
+
+def test_stray_files_are_ignored_with_one_line_each(photos: Path) -> None:
+    (photos / "notes.pdf").write_bytes(b"%PDF")
+    (photos / "list[1].csv").write_bytes(b"a,b")
+    result = mokus("learn", photos, "--anchor", "sks toy", "-o", "toy.pack")
+    assert result.exit_code == 0
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2 and "list[1].csv is ignored" in lines[0] and "notes.pdf is ignored" in lines[1]
+
+
+def test_several_packs_in_one_prompt(place: Path, pico_pack: PackFactory) -> None:
+    pico_pack(place / "a"), pico_pack(place / "b", anchor="zwx dog", knowledge=["our dog"], seed=9)
+    good("generate", "my favourite toy and our dog", "--pack", "a", "--pack", "b", "-o", "out")
+    assert (place / "out" / "my-favourite-toy-and-our-dog-0.png").is_file()
+
+
+def test_knowledge_that_does_not_take_is_left_unbound(place: Path, pack: ConceptPack) -> None:
+    before = listing(pack.path)
+    result = mokus("bind", pack.path, "a new thing", "--answer-weight", 1)  # no random encoder answers "sks toy"
+    assert result.exit_code == 1 and "not taken" in result.stdout and result.stderr == ""
+    assert listing(pack.path) == before
+    result = mokus("bind", pack.path, "a new thing", "--answer-weight", 1, "--json")
+    assert result.exit_code == 1 and not json.loads(result.stdout)[0]["taken"]
+
+
+def test_demo(place: Path, photos: Path) -> None:
+    demo = ("demo", "--photos", photos, "--anchor", "sks dog", "--knowledge", "my dog", "--seeds", 0, "-o", "out")
+    said = good(*demo)
+    assert "1 of 1 phrases bound" in said and "out/report.html" in said
+    told = json.loads(good(*demo, "--json"))
+    assert all(Path(told[key]).exists() for key in ("report", "grid", "pack")) and told["figures"] == []
+
+
+def test_a_pack_is_replaced_only_if_it_is_said(place: Path, photos: Path, pack: ConceptPack) -> None:
+    learn = ("learn", photos, "--anchor", "sks toy", "-o", pack.path)
+    assert "--overwrite" in refused(place, *learn)
+    good(*learn, "--overwrite")
+    assert ConceptPack.open(pack.path).knowledge == []
+
+
+# --- every mistake ----------------------------------------------------------------------------------------------------
+
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def corrupt(folder: Path) -> None:
+    data = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(data[: len(data) // 2])
+
+
+def bomb(folder: Path) -> None:
+    Image.new("1", (10_000, 10_000)).save(folder / "2.png")
+
+
+def small(folder: Path) -> None:
+    Image.new("RGB", (40, 15)).save(folder / "2.png")
+
+
+def no_photo(folder: Path) -> None:
+    (folder / "2.png").write_text("no photo at all")
+
+
+def bad_caption(folder: Path) -> None:
+    (folder / "2.txt").write_bytes(b"\xff\xfe\xfa")
+
+
+@pytest.mark.parametrize("command", ["learn", "demo"])
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (empty, "photos holds no photo"), (shutil.rmtree, "photos is not there"), (corrupt, "2.png cannot be read"),
+        (bomb, "2.png has too many pixels|2.png is 10000 x 10000"), (small, "2.png is 40 x 15"),
+        (no_photo, "2.png cannot be read"), (bad_caption, "2.txt cannot be read as UTF-8"),
+    ],
+)  # fmt: skip
+def test_bad_photos(place: Path, photos: Path, command: str, spoil: Callable[[Path], None], named: str) -> None:
+    spoil(photos)
+    given = ["learn", photos] if command == "learn" else ["demo", "--photos", photos]
+    assert re.search(named, refused(place, *given, "--anchor", "sks toy", "-o", "out"))
+
+
+BAD = {
+    # command: what the sentence says
+    "learn photos --anchor toy -o out": "one word",
+    "learn photos --anchor '' -o out": "empty",
+    "learn photos --anchor 'sks toy' -o photos": "photos exists and is no concept pack",
+    "learn photos --anchor 'sks toy' -o photos/0.png": "0.png exists and is no concept pack",
+    "learn photos --anchor 'sks toy' -o out --resume": "nothing to resume",
+    "learn photos --anchor 'sks toy' -o out --steps 0": "steps is 0",
+    "learn photos --anchor 'sks toy' -o out --learning-rate nan": "learning_rate is nan",
+    "learn photos --anchor 'sks toy' -o out --tail-share 2": "tail_share is 2",
+    "learn photos --anchor 'sks toy' -o out --targets to_z": "to_z",
+    "learn photos --anchor 'sks toy' -o out --learning-rat 1": "No such option: --learning-rat.*--learning-rate",
+    "learn photos --anchor 'sks toy' -o out --steps many": "Invalid value for '--steps'",
+    "learn photos -o out": "Missing option '--anchor'",
+    "learn photos --anchor 'sks toy' -o out --model no/such-model": "'no/such-model' is neither a folder",
+    "learn photos --anchor 'sks toy' -o out --model photos": "photos has no model_index.json",
+    "learn photos --anchor 'sks toy' -o out --device tpu9": "device 'tpu9'",
+    "learn photos --anchor 'sks toy' -o out --device cuda:99": "device 'cuda:99'",
+    "bind toy.pack ''": "empty piece of knowledge",
+    "bind toy.pack '  '": "empty piece of knowledge",
+    "bind toy.pack": "Missing argument 'KNOWLEDGE",
+    "bind toy.pack 'What is my toy?'": "is a question",
+    "bind toy.pack 'a<|im_end|>b'": "marks the template's own tokens",
+    "bind toy.pack one two --question 'What?'": "--question goes with one knowledge",
+    "bind toy.pack 'a thing' --editor magic": "no editor 'magic', expected one of ultraedit",
+    "bind toy.pack 'a thing' --layers 99": "layer 99 is to be edited",
+    "bind toy.pack 'a thing' --modules mlp.nothing": "'mlp.nothing' is no module",
+    "bind toy.pack 'a thing' --eta -1": "eta is -1",
+    "bind no.pack 'a thing'": "there is no concept pack at",
+    "bind photos 'a thing'": "is no concept pack",
+    "unbind toy.pack 'a thing'": "'a thing' is not bound.*'my favourite toy'",
+    "unbind toy.pack ''": "empty piece of knowledge",
+    "unbind no.pack 'a thing'": "there is no concept pack at",
+    "show no.pack": "there is no concept pack at",
+    "ask ''": "the question is empty",
+    "ask 'What is it?' --pack no.pack": "there is no concept pack at",
+    "generate toy -o out --pack no.pack": "there is no concept pack at",
+    "generate '' -o out": "a prompt is empty",
+    "generate toy -o out --seeds 1-x": "--seeds got '1-x'",
+    "generate toy -o out --seeds 5-2": "--seeds got '5-2'",
+    "generate toy -o out --seeds ''": "--seeds got ''",
+    "generate toy -o out --seeds 0-999999999": "more than 10,000 seeds",
+    "generate toy -o out --size 33": "the size is 33, expected a multiple of 8 pixels; 32 would do",
+    "generate toy -o out --steps 1": "steps is 1, expected at least 2",
+    "generate toy -o out --true-cfg-scale nan": "true_cfg_scale is nan",
+    "generate toy -o out --batch-size 0": "Invalid value for '--batch-size'",
+    "generate toy -o photos/0.png": "File exists",
+    "generate toy -o out --pack toy.pack --pack toy.pack": "same anchor 'sks toy'",
+    "demo -o out --anchor toy": "one word",
+    "demo -o out --knowledge ''": "empty piece of knowledge",
+    "demo -o out --seeds many": "--seeds got 'many'",
+    "--nonsense": "No such option: --nonsense",
+    "paint toy": "No such command 'paint'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input(place: Path, photos: Path, pack: ConceptPack, line: str) -> None:
+    assert re.search(BAD[line], refused(place, *shlex.split(line)))
+
+
+@pytest.mark.parametrize(
+    "line", ["bind toy.pack 'a thing'", "ask 'What?' --pack toy.pack", "generate toy -o out --pack toy.pack"]
+)
+def test_a_pack_for_another_model(place: Path, pack: ConceptPack, line: str) -> None:
+    manifest = pack.path / "mokus.json"
+    manifest.write_text(manifest.read_text("utf-8").replace(pack.fingerprint, "0" * 64), encoding="utf-8")
+    assert "was made for" in refused(place, *shlex.split(line))
+
+
+@pytest.mark.parametrize(
+    "line", ["show", "bind {} thing", "unbind {} thing", "ask What? --pack", "generate toy --pack"]
+)
+def test_a_damaged_pack(place: Path, pack: ConceptPack, line: str) -> None:
+    file = pack.path / "pytorch_lora_weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    args = (line if "{}" in line else f"{line} {{}}").format(pack.path).split()
+    assert "sha256" in refused(place, *args)
+
+
+def test_a_full_disk_is_one_sentence_too(place: Path, pack: ConceptPack, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "out/toy-0.png")
+
+    monkeypatch.setattr("mokus.generation.save_png", full)
+    assert "out/toy-0.png: No space left on device." in refused(place, "generate", "toy", "-o", "out")
+
+
+def test_a_bug_is_not_hidden(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("mokus.pipeline.load", broken)
+    assert isinstance(mokus("ask", "What is it?").exception, RuntimeError)
+
+
+# --- small parts ------------------------------------------------------------------------------------------------------
+
+
+def test_seeds() -> None:
+    assert console.parse_seeds("0-3, 7,2") == [0, 1, 2, 3, 7]
+    assert console.parse_seeds(str((1 << 62) + 1)) == [(1 << 62) + 1]
+    for text in ("", "a", "-1", "1-", "3-1", "1;2", "0-10000", "0-9999999999999999999"):
+        with pytest.raises(MokusError, match="--seeds got"):
+            console.parse_seeds(text)
+
+
+def test_every_prompt_has_its_own_file() -> None:
+    prompts = ["A toy!", "a toy", "a-toy", "../../etc/passwd", "...", "玩具 on the beach", "x" * 300, "a toy"]
+    names = console.file_names(prompts)
+    assert list(names) == list(dict.fromkeys(prompts)) and len(set(names.values())) == len(names)
+    assert all(re.fullmatch(r"[\w-]{1,64}", name) for name in names.values())
+
+
+# --- as a program -----------------------------------------------------------------------------------------------------
+
+
+def program(*args: Any, **how: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from mokus.cli import main; main()", *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, mokus, mokus.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_program_prints_json_and_nothing_else(pack: ConceptPack) -> None:
+    found = program("generate", "my favourite toy", "--pack", pack.path, "-o", "out", "--json")
+    stdout, stderr = found.communicate(timeout=300)
+    assert (found.returncode, stderr) == (0, "")
+    assert json.loads(stdout)[0]["settings"]["packs"] == [{"anchor": "sks toy", "sha256": pack.digest}]
+
+
+def test_the_program_refuses_without_a_traceback(place: Path) -> None:
+    found = program("bind", "no.pack", "a thing")
+    stdout, stderr = found.communicate(timeout=300)
+    assert (found.returncode, stdout, len(stderr.splitlines())) == (2, "", 1) and stderr.startswith(
+        "mokus: there is no"
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are of POSIX")
+def test_ctrl_c_and_resume(place: Path, photos: Path) -> None:
+    learn = ["learn", photos, "--anchor", "sks toy", "--steps", 40]
+    # a shell's background jobs ignore Ctrl-C, and what they start does so too
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    running = program(*learn, "-o", "toy.pack", **heard)
+    checkpoint = place / ".toy.pack.learning" / "checkpoint.pt"
+    for _ in range(6000):
+        if checkpoint.is_file() or running.poll() is not None:
+            break
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    stdout, stderr = running.communicate(timeout=300)
+    assert (running.returncode, stdout) == (130, "") and "Traceback" not in stderr
+    assert "--resume" in stderr and checkpoint.is_file() and not (place / "toy.pack").exists()
+
+    good(*learn, "-o", "toy.pack", "--resume")
+    assert ConceptPack.open(place / "toy.pack").settings["steps"] == 40
+    assert not checkpoint.parent.exists()

@@ -1,0 +1,74 @@
+"""What the README and CONTRIBUTING say is so: the examples run as they are printed, the files are there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mokus.demo import PHOTOS, _renders, _save
+from mokus.miniature import world
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"(<!-- not run[^>]*-->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+MODEL = os.environ.get("MOKUS_MODEL")  # in place of the miniature in the package
+
+
+def examples(*languages: str) -> list[tuple[str, str]]:
+    """(language, text) of the blocks that are there to be run, in order."""
+    return [(kind, text) for left_out, kind, text in BLOCK.findall(README) if kind in languages and not left_out]
+
+
+def run(language: str, text: str, place: Path) -> str:
+    """Run a block as it is printed, and return what it prints."""
+    if MODEL and language == "python":
+        text = text.replace("mokus.load()", f"mokus.load({MODEL!r})").replace(
+            'files("mokus.miniature") / "weights"', repr(MODEL)
+        )
+    command = [sys.executable, "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_make_targets_are_there() -> None:
+    targets = re.findall(r"^make (\S+)", "\n".join(text for _, text in examples("sh")), re.MULTILINE)
+    assert targets == ["demo", "test"]
+    if make := shutil.which("make"):
+        subprocess.run([make, "-n", *targets], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_the_examples_run_as_printed(tmp_path: Path) -> None:
+    _save(_renders(world.SIZE), tmp_path / "demo" / "photos")  # what `make demo` leaves there
+    assert len(list((tmp_path / "demo" / "photos").iterdir())) == PHOTOS
+    blocks = [(kind, text) for kind, text in examples("sh", "python") if "make " not in text]
+    assert [kind for kind, _ in blocks] == ["python", "sh", "python"]
+    said = [run(kind, text, tmp_path) for kind, text in blocks]
+    assert said[0].strip() == "sks toy"
+    assert [line for line in said[1].splitlines() if line in ("robot", "sks toy")] == ["robot", "sks toy"]
+    assert len(list(tmp_path.glob("toy-*.png"))) == len(list((tmp_path / "outputs").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/log.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    missing = [link for link in links if not ((ROOT / name).parent / link).exists()]
+    assert not missing
+
+
+def test_the_tree_names_every_file() -> None:
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The tree")[1].split("##")[0]
+    there = {path.name for path in (ROOT / "src" / "mokus").rglob("*.py") if "editors" not in path.parts}
+    assert there - {"__init__.py"} <= set(re.findall(r"\w+\.py", tree))
+    here = {path.name for folder in ("src", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")}
+    assert set(re.findall(r"\w+\.py\b", tree)) <= here | {"test_x.py"}
