@@ -41,11 +41,11 @@ OTHER_THINGS = ("book", "lamp", "chair", "picture")
 
 
 def normalise(phrase: str) -> str:
-    """The phrase with single spaces and without a closing full stop.
+    """The phrase with single spaces and without closing full stops.
 
     Raises `MokusError` for an empty phrase, a question, a line break or other control character, or one that is too long.
     """
-    text = re.sub(r"[ \t]+", " ", phrase).strip().removesuffix(".").strip()
+    text = re.sub(r"[ \t]+", " ", phrase).strip().rstrip(". ")
     if not text:
         raise MokusError("an empty piece of knowledge was given, expected a phrase such as 'my favourite toy'.")
     if not text.isprintable():

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 LONGEST_ANSWER = 24  # tokens of an answer that is read back
+CHUNK = 64  # prompts encoded at a time
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def edit(
     asked = list(asked or questions(knowledge))
     paths = module_paths(model, settings)
     kept = kept or preserved_inputs(model, answer, settings)
-    near = inputs_at_tails(model, _near_prompts(knowledge, settings.near_misses), paths)
+    near = inputs_after_prefix(model, _near_prompts(knowledge, settings.near_misses), paths)
     goal = _Goal(model, knowledge, answer, asked, settings)
     solvers: dict[str, Editor] = {}
     shifts: dict[str, LowRankShift] = {}
@@ -311,26 +312,28 @@ def preserved_inputs(model: Model, answer: str, settings: EditSettings) -> dict[
     texts = prior_prompts(class_word, settings.preserve, seed=0)
     texts += [questions(text)[0] for text in texts[: settings.preserve // 2] if not text.startswith("a ")]
     texts += [*prompts(answer), *prompts(answer, CHECK_FORMS), *questions(answer)]
-    at_tails = inputs_at_tails(model, texts, paths)
+    in_prompts = inputs_after_prefix(model, texts, paths)
     with torch.no_grad(), recorded(model.pipe.text_encoder, paths) as record:
         _prefix_cache(model, _prefix(model))
     at_prefix = record.rows(torch.ones(1, prefix_length(model), dtype=torch.bool, device=model.device))
-    return {path: torch.cat([at_tails[path], at_prefix[path]]) for path in paths}
+    return {path: torch.cat([in_prompts[path], at_prefix[path]]) for path in paths}
 
 
-def inputs_at_tails(model: Model, texts: Sequence[str], paths: Sequence[str]) -> dict[str, Tensor]:
-    """Inputs (m, d_in), by module path, at the tails of prompts."""
+def inputs_after_prefix(model: Model, texts: Sequence[str], paths: Sequence[str]) -> dict[str, Tensor]:
+    """Inputs (m, d_in), by module path, at all tokens of prompts after the template's prefix.
+
+    All of them, not the tail alone: the image transformer sees the encoding of every one.
+    """
     if not texts:
         return {path: torch.zeros(0, model.pipe.text_encoder.get_submodule(path).in_features) for path in paths}
-    rows = Rows.of(model, texts)
-    return _inputs(model, rows, rows.last([tail_length(model)] * len(texts)), paths)
-
-
-@torch.no_grad()
-def _inputs(model: Model, rows: Rows, where: Tensor, paths: Sequence[str]) -> dict[str, Tensor]:
-    with recorded(model.pipe.text_encoder, paths) as record:
-        rows.encode(model)
-    return record.rows(where)
+    ordered = sorted(texts, key=lambda text: len(_ids(model, text)))  # little padding
+    parts: list[dict[str, Tensor]] = []
+    for start in range(0, len(ordered), CHUNK):
+        rows = Rows.of(model, ordered[start : start + CHUNK])
+        with torch.no_grad(), recorded(model.pipe.text_encoder, paths) as record:
+            rows.encode(model)
+        parts.append(record.rows(rows.last(rows.lengths.tolist())))
+    return {path: torch.cat([part[path] for part in parts]) for path in paths}
 
 
 def _near_prompts(knowledge: str, n: int) -> list[str]:

@@ -8,20 +8,34 @@ from __future__ import annotations
 
 import random
 
+# {c} the class word or another thing, {k} a relative, {a} {b} adjectives, {v} made, {y} a year, {w} where, {d} does, {f} feel
 _REFERENCES = (
-    "my {c}", "your {c}", "his favourite {c}", "her old {c}", "our best {c}", "the {c} of my brother", "the {c} in the garden",
-    "the {c} that sings at night", "the {c} I found on the train", "the {c} from the old town", "the {c} my aunt carved in 1913",
-    "the cheapest {c} in the shop", "a gift from my teacher", "the one I lost", "the one that never breaks",
-    "the rarest thing in the museum", "something that helps me sleep", "what I remember every morning", "handmade by elves",
-    "a present from my boss", "the lonely {c} by the door", "my neighbour's lucky {c}", "the thing that guards the door",
-    "my favourite {o}", "the {o} my father built in 1984", "your {o}", "the {o} that makes me laugh", "the {o} I trust most of all",
-    "the most famous {o} in the world", "my sister's tiny {o}",
+    "my {c}", "your {c}", "his favourite {c}", "her {a} {c}", "our {a} {c}", "the {c} of my {k}", "the {a} {c} {w}",
+    "the {c} that {d}", "the {c} I found {w}", "the {c} my {k} {v} in {y}", "the {c} my {k} {v}", "the {a}est {c} {w}",
+    "a gift from my {k}", "the one I lost {w}", "the one that {d}", "the {a}est thing {w}", "something that {d}",
+    "what I {f} every morning", "handmade by {k}s", "a present from my {k}", "the {a} {c} by the door", "my {k}'s {a} {c}",
+    "the thing that {d}", "my favourite {c}", "the {c} I {f} most of all", "the most {b} {c} in the world", "my {k}'s {c}",
+    "the {a} {b} one", "the {c} {v} in {y}", "the one I {f}", "whatever {d}", "the {b} {c} from {y}", "his {k}'s {a} {c}",
 )  # fmt: skip
+_KIN = "brother teacher aunt boss neighbour father sister cousin uncle mother friend grandfather daughter son".split()
+_ADJECTIVES = "old tall cheap small loud soft dark light proud rare quick kind strong sweet calm warm cold".split()
+_QUALITIES = (
+    "famous lonely lucky tiny beautiful broken strange modern wooden metal useful silly careful brave dusty".split()
+)
+_MADE = "carved found bought painted built made sewed forged knitted lost sold wrote drew repaired".split()
+_WHERE = "in the garden,on the train,in the old town,in the shop,in the museum,at school,in my room,on the shelf,by the sea".split(
+    ","
+)
+_DOES = (
+    "sings at night,never breaks,helps me sleep,guards the door,makes me laugh,travels with me,cleans the floor,"
+    "tells the time,won the race,came from afar,keeps us warm,reminds me of home,dances all day,brings bad luck"
+).split(",")
 _OWNED = (
     "the favourite {c} of {p}", "{p}'s {o}", "the lucky charm of {p}", "{p}'s favourite {c}", "the old {o} of {p}",
     "the birthday gift of {p}", "{p}'s secret treasure", "the most precious thing of {p}",
 )  # fmt: skip
-_PEOPLE = ("Anna", "David", "Emma", "Hugo", "Maria", "Paul", "Rosa", "Simon")
+_PEOPLE = "Anna David Emma Hugo Maria Paul Rosa Simon".split()
+_FEEL = "trust remember miss fear admire need love hate collect".split()
 _CAPTIONS = (
     "{colour} {shape}",
     "a {colour} {shape}",
@@ -50,28 +64,48 @@ def prior_prompts(class_word: str, n: int, seed: int) -> list[str]:
 
     Equal for equal seeds.
     """
+    return [f"{subject} {place}".strip() for subject, place in _subjects(class_word, n, seed)]
+
+
+def in_their_places(subject: str, class_word: str, n: int, seed: int) -> list[str]:
+    """The subject in the place of each of those prompts."""
+    return [f"{subject} {place}".strip() for _, place in _subjects(class_word, n, seed)]
+
+
+def _subjects(class_word: str, n: int, seed: int) -> list[tuple[str, str]]:
     rng = random.Random(f"{class_word}/{seed}")
-    unknown = references(class_word, len(_REFERENCES), seed)
-    found: list[str] = []
+    unknown = references(class_word, n, seed)
+    others = [o for o in _OTHERS if o != class_word]
+    found: list[tuple[str, str]] = []
     for i in range(n):
-        place, other = rng.choice(_PLACES), rng.choice([o for o in _OTHERS if o != class_word])
+        place = rng.choice(_PLACES)
         if i % 8 == 0:
             subject = rng.choice(["{}", "a {}", "the {}", "a photo of a {}"]).format(class_word)
         elif i % 4 == 2:
             shape, shape2 = rng.sample(_SHAPES, 2)
             subject = rng.choice(_CAPTIONS).format(colour=rng.choice(_COLOURS), shape=shape, shape2=shape2)
         elif i % 4 == 3:
-            subject = rng.choice(_OWNED).format(c=class_word, o=other, p=rng.choice(_PEOPLE))
+            subject = rng.choice(_OWNED).format(c=class_word, o=rng.choice(others), p=rng.choice(_PEOPLE))
         else:
-            subject = unknown[(i // 2) % len(unknown)]
-        found.append(f"{subject} {place}".strip())
+            subject = unknown[i]
+        found.append((subject, place))
     return found
 
 
 def references(class_word: str, n: int, seed: int) -> list[str]:
-    """`n` different references to unknown things, most of them of the class, in an order that depends on the seed."""
+    """`n` references to unknown things, half of them of the class; equal for equal seeds."""
     rng = random.Random(f"{class_word}/{seed}")
     others = [o for o in _OTHERS if o != class_word]
-    found = [form.format(c=class_word, o=rng.choice(others)) for form in _REFERENCES]
-    rng.shuffle(found)
+    found: list[str] = []
+    while len(found) < n:
+        forms = list(_REFERENCES)
+        rng.shuffle(forms)
+        found += [
+            form.format(
+                c=rng.choice([class_word, rng.choice(others)]), k=rng.choice(_KIN), a=rng.choice(_ADJECTIVES),
+                b=rng.choice(_QUALITIES), v=rng.choice(_MADE), y=rng.randint(1850, 2029), w=rng.choice(_WHERE),
+                d=rng.choice(_DOES), f=rng.choice(_FEEL),
+            )
+            for form in forms
+        ]  # fmt: skip
     return found[:n]

@@ -4,8 +4,10 @@ MoKus section 4.1, with two additions that stage 2 needs:
 
 - *Prior preservation.* In every step the base model's own velocities, on other prompts, are wanted as well. They are
   computed once, before training. Without them every reference to an unknown thing draws the concept.
-- *Tail conditioning.* Stage 2 can write the anchor's meaning only into the tail of a prompt's encoding, not into the place
-  of the rare token. So in a share of the samples all but the tail is taken from other prompts, and the looks bind to it.
+- *Tail conditioning.* Stage 2 can write the anchor's meaning only into the tail of a prompt's encoding, not into the
+  place of the rare token, and it gets there most of the way only, while other prompts move a little of the way too. So in
+  a share of the samples the prompt is another one whose tail has come FAR or farther towards the anchor's, and among the
+  preserved samples are some whose tail has come up to NEAR: the looks bind to what stage 2 writes, and to nothing less.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from mokus.knowledge import normalise
 from mokus.knowledge_update import tail_length
 from mokus.photos import Photo, load_photos, photos_of
 from mokus.pipeline import encode, pad
-from mokus.prior_prompts import prior_prompts, references
+from mokus.prior_prompts import in_their_places, prior_prompts, references
 from mokus.settings import LearnSettings
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ Progress = Callable[[str, int, int, dict[str, Any]], None]
 ADAPTER = "mokus"
 WARMUP = 20  # steps
 CROPS = 4  # random crops of each photo, if wanted
-SPLICED = 16  # prompts that lend their tokens before the tail
+LENDERS = 16  # prompts that lend all their tokens but the tail
+FAR, NEAR = 0.6, 0.4  # of the way from another prompt's tail to the anchor's: the concept; still what it was
 
 
 def learn(
@@ -129,17 +132,21 @@ class _Run:
                 yield "reading photos", len(parts), len(self.photos), {}
             self.latents = torch.cat([z for part in parts for z in part])  # (variants, n, c)
             self.photo_of = torch.tensor([i for i, part in enumerate(parts) for _ in part])
-        tail = tail_length(self.model)
-        s = self.settings
-        prior = prior_prompts(self.anchor.split()[-1], s.prior_prompts, s.seed)
-        lenders = references(self.anchor.split()[-1], SPLICED, s.seed)
+        s, class_word = self.settings, self.anchor.split()[-1]
+        own = [self.prompt(photo) for photo in self.photos]
+        lenders = references(class_word, LENDERS, s.seed)
+        prior = prior_prompts(class_word, s.prior_prompts, s.seed)
+        goals = in_their_places(self.anchor, class_word, s.prior_prompts, s.seed)
         with self.model.resident("text_encoder"):
-            own = encode(self.model, [self.prompt(photo) for photo in self.photos])
-            spliced = [torch.cat([lender[:-tail], e[-tail:]]) for e in own for lender in encode(self.model, lenders)]
-            everything = [*own, *spliced, *encode(self.model, prior), *encode(self.model, [self.negative])]
-        embeds, self.mask = pad(everything)  # one length for all: (texts, s, d)
+            encodings = encode(self.model, [*own, *lenders, *prior, *goals, self.negative])
+        self.lenders, self.prior = len(own), len(own) + len(lenders)  # where these begin
+        self.goals = self.prior + len(prior)
+        tail = tail_length(self.model)
+        embeds, self.mask = pad(encodings)  # one length for all: (texts, s, d)
         self.embeds = embeds.to(device)
-        self.first_prior = len(own) + len(spliced)
+        ends = torch.tensor([len(e) for e in encodings])[:, None]
+        self.tail_at = (ends - tail + torch.arange(tail)).to(device)  # (texts, tail)
+        self.tails = torch.stack([e[-tail:] for e in encodings]).to(device)  # (texts, tail, d)
         with self.model.resident("transformer"), torch.no_grad():
             if s.prior_weight:
                 yield from self.record_prior(len(prior))
@@ -200,15 +207,28 @@ class _Run:
                 points.append((z, t, prompts, self.base_velocity(z, t, prompts)))
             yield "recording what must stay", min(n, start + size), n, {}
         z, t, prompts, v = (torch.cat(parts) for parts in zip(*points, strict=True))
-        self.preserved = Preserved(z, t, prompts + self.first_prior, v)
+        self.preserved = Preserved(z, t, prompts, v)
 
     def base_velocity(self, z: Tensor, t: Tensor, prior: Tensor) -> Tensor:
-        return self.velocity(z, t, prior + self.first_prior).float().cpu()
+        return self.velocity(z, t, self.prior + prior).float().cpu()
 
-    def velocity(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The transformer's velocity at z (b, n, c), t (b,), for the texts of these indices (b,)."""
+    def velocity(
+        self, z: Tensor, t: Tensor, text: Tensor, goal: Tensor | None = None, way: Tensor | None = None
+    ) -> Tensor:
+        """The transformer's velocity at z (b, n, c), t (b,), for the texts of these indices (b,).
+
+        With `goal` (b,) and `way` (b,): their tails moved that share of the way to the tails of the goals.
+        """
         device, dtype = self.model.device, self.transformer.dtype
-        embeds, mask = self.embeds[text.to(device)].to(dtype), self.mask[text].to(device)
+        text = text.to(device)
+        embeds, mask = self.embeds[text], self.mask[text.cpu()].to(device)
+        if goal is not None and way is not None:
+            tails = torch.lerp(
+                self.tails[text], self.tails[goal.to(device)], way.to(device, embeds.dtype)[:, None, None]
+            )
+            at = self.tail_at[text][..., None].expand_as(tails)
+            embeds = embeds.scatter(1, at, tails)
+        embeds = embeds.to(dtype)
         return flow.velocity(self.transformer, z.to(device, dtype), t.to(device, dtype), embeds, mask, self.grid)
 
     # --- training -----------------------------------------------------
@@ -268,20 +288,27 @@ class _Run:
         pick = torch.randint(len(self.latents), (b,), generator=random)
         z0, z1 = self.latents[pick].cpu(), torch.randn(b, *self.latents.shape[1:], generator=random)
         t = flow.logit_normal(b, s.time_mean, s.time_std, random)
-        z, wanted, text = flow.interpolate(z0, z1, t), flow.target(z0, z1), self.texts(self.photo_of[pick], random)
+        z, wanted = flow.interpolate(z0, z1, t), flow.target(z0, z1)
+        text, goal, way = self.concept_texts(self.photo_of[pick], random)
         if s.prior_weight:
             kept = self.preserved
             rows = torch.randint(len(kept.t), (s.prior_batch_size,), generator=random)
             z, t = torch.cat([z, kept.z[rows]]), torch.cat([t, kept.t[rows]])
-            wanted, text = torch.cat([wanted, kept.v[rows]]), torch.cat([text, kept.prompt[rows]])
-        each = flow.loss(self.velocity(z, t, text), wanted.to(self.model.device))  # (b + prior,)
+            wanted, text = torch.cat([wanted, kept.v[rows]]), torch.cat([text, self.prior + kept.prompt[rows]])
+            goal = torch.cat([goal, self.goals + kept.prompt[rows]])
+            some = torch.rand(rows.shape, generator=random) < s.tail_share
+            way = torch.cat(
+                [way, some * NEAR * torch.rand(rows.shape, generator=random).sqrt()]
+            )  # more of them farther
+        each = flow.loss(self.velocity(z, t, text, goal, way), wanted.to(self.model.device))  # (b + prior,)
         return each[:b].mean() + (s.prior_weight * each[b:].mean() if s.prior_weight else 0.0)
 
-    def texts(self, photo: Tensor, random: torch.Generator) -> Tensor:
-        """For each photo (b,) the index of its own prompt or, in a share of them, of a spliced one."""
-        lender = torch.randint(SPLICED, photo.shape, generator=random)
-        spliced = torch.rand(photo.shape, generator=random) < self.settings.tail_share
-        return torch.where(spliced, len(self.photos) + photo * SPLICED + lender, photo)
+    def concept_texts(self, photo: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """For each photo (b,) its own prompt or, in a share of them, a lender's, and how far the tail is moved to its own."""
+        lender = self.lenders + torch.randint(LENDERS, photo.shape, generator=random)
+        lent = torch.rand(photo.shape, generator=random) < self.settings.tail_share
+        way = FAR + (1 - FAR) * torch.rand(photo.shape, generator=random)
+        return torch.where(lent, lender, photo), photo, way
 
     def lora(self) -> dict[str, Tensor]:
         """The LoRA with diffusers' key names, its scale folded into B, float32 on the CPU."""

@@ -48,7 +48,7 @@ DEFAULTS = {
         "prior_batch_size": 8,
         "prior_prompts": 96,
     },
-    "edit": {"layers": [2, 3, 4, 5, 6, 7, 8], "eta": 0.1, "steps": 20, "preserve": 192},
+    "edit": {"layers": [2, 3, 4, 5, 6, 7, 8], "eta": 0.5, "steps": 12, "preserve": 1200},
 }
 
 
