@@ -211,6 +211,12 @@ class ConceptPack:
             _write(place, fields, files)
         return cls.open(path)
 
+    @staticmethod
+    def check_place(path: str | Path) -> None:
+        """Raise `MokusError` if `create` would refuse to write there, before anything costly is done for it."""
+        _finish_swap(place := Path(path).resolve())
+        _refuse_foreign(place)
+
     @classmethod
     def open(cls, path: str | Path) -> ConceptPack:
         """Read a pack, all of it. Raises `MokusError` if there is none or anything in it is not as it must be."""

@@ -94,7 +94,7 @@ def _others(word: str, last: bool) -> Iterator[str]:
     elif plain in KIN:
         i = KIN.index(plain)
         yield from (KIN[(i + 1) % len(KIN)], KIN[(i + 4) % len(KIN)])
-    elif plain.isdigit():
-        yield from (str(int(plain) + 7), str(max(0, int(plain) - 24)))
+    elif plain.isascii() and plain.isdigit():
+        yield from (str(int(plain) + 7), str(int(plain) + 24))
     elif last and plain.isalpha():
         yield from (thing for thing in OTHER_THINGS[:3] if thing != plain)

@@ -93,11 +93,10 @@ def bind(
             edits.append(edit(model, text, pack.anchor, questions, settings, kept))
         with pack.locked():
             pack.reload()
-            others = [(known, shifts) for known, shifts in pack.edits() if known.text not in wanted]
-            edits = _hold_together(model, edits, added(*(shifts for _, shifts in others)), settings)
-            taken = [each for each in edits if each.taken]
-            if taken:
-                pack.replace_edits([*others, *((_bound(each), each.shifts) for each in taken)])
+            edits = _hold_together(model, edits, _without(pack, edits), settings)
+            if any(each.taken for each in edits):
+                taken = [(_bound(each), each.shifts) for each in edits if each.taken]
+                pack.replace_edits([*_without(pack, edits), *taken])
     if progress:
         progress("binding", len(wanted), len(wanted), {})
     return edits
@@ -127,7 +126,14 @@ def ask(model: Model, question: str, shifts: Sequence[Shifts] = ()) -> str:
     inputs = pipe.tokenizer(text, return_tensors="pt").to(model.device)
     with model.resident("text_encoder"), torch.no_grad(), applied(pipe.text_encoder, *shifts):
         tokens = pipe.text_encoder.generate(
-            **inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False, pad_token_id=pipe.tokenizer.pad_token_id
+            **inputs,
+            max_new_tokens=LONGEST_ANSWER,
+            do_sample=False,
+            repetition_penalty=1.0,
+            temperature=None,
+            top_k=None,
+            top_p=None,
+            pad_token_id=pipe.tokenizer.pad_token_id,
         )
     return str(pipe.tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)).strip()
 
@@ -244,23 +250,30 @@ class _Goal:
         return ask(self.model, self.asked[0], shifts), 1 - float(moved.mean())
 
 
-def _hold_together(model: Model, edits: list[Edit], bound: Shifts, settings: EditSettings) -> list[Edit]:
-    """Check every edit once more with all of them applied; the weakest one that fails is left out, then all over again."""
+def _without(pack: ConceptPack, edits: Sequence[Edit]) -> list[tuple[BoundKnowledge, Shifts]]:
+    """What the pack holds besides what these edits replace."""
+    replaced = {each.knowledge for each in edits if each.taken}
+    return [(known, shifts) for known, shifts in pack.edits() if known.text not in replaced]
+
+
+def _hold_together(
+    model: Model, edits: list[Edit], others: Sequence[tuple[BoundKnowledge, Shifts]], settings: EditSettings
+) -> list[Edit]:
+    """Check every edit once more with all of them applied; the weakest that fails is left out, then all over again."""
     edits = list(edits)
     while True:
-        everything = added(bound, *(each.shifts for each in edits if each.taken))
-        weakest, least = None, 0.0
+        everything = added(*(shifts for _, shifts in others), *(each.shifts for each in edits if each.taken))
+        failed: dict[int, Edit] = {}
         for i, each in enumerate(edits):
-            if not each.taken:
-                continue
-            read_back, alignment = _Goal(model, each.knowledge, each.answer, each.questions, settings).check(everything)
-            good = _good(read_back, each.answer, alignment, settings)
-            edits[i] = replace(each, read_back=read_back, alignment=alignment)
-            if not good and (weakest is None or alignment < least):
-                weakest, least = i, alignment
-        if weakest is None:
+            if each.taken:
+                goal = _Goal(model, each.knowledge, each.answer, each.questions, settings)
+                read_back, alignment = goal.check(everything)
+                if not _good(read_back, each.answer, alignment, settings):
+                    failed[i] = replace(each, read_back=read_back, alignment=alignment, taken=False)
+        if not failed:
             return edits
-        edits[weakest] = replace(edits[weakest], taken=False)
+        weakest = min(failed, key=lambda i: failed[i].alignment)
+        edits[weakest] = failed[weakest]
 
 
 def _bound(edit: Edit) -> BoundKnowledge:

@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import QwenImagePipeline
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mokus.errors import MokusError
@@ -44,6 +44,7 @@ class Model:
     fingerprint: str  # of configs and weights, see `fingerprint`
     defaults: Defaults
     device: torch.device
+    _residents: list[tuple[str, ...]] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def size_multiple(self) -> int:
@@ -52,17 +53,25 @@ class Model:
 
     @contextmanager
     def resident(self, *names: str) -> Iterator[None]:
-        """Inside, only these components are on the device, the others in host memory; on a CPU nothing moves."""
+        """Inside, only these components are on the device, the others in host memory; on a CPU nothing moves.
+
+        May be nested; afterwards everything is where it was before.
+        """
         if self.device.type == "cpu":
             yield
             return
-        for name in COMPONENTS:
-            getattr(self.pipe, name).to(self.device if name in names else "cpu")
+        self._residents.append(names)
         try:
+            self._place()
             yield
         finally:
-            for name in names:
-                getattr(self.pipe, name).to("cpu")
+            self._residents.pop()
+            self._place()
+
+    def _place(self) -> None:
+        inside = self._residents[-1] if self._residents else ()
+        for name in COMPONENTS:
+            getattr(self.pipe, name).to(self.device if name in inside else "cpu")
 
 
 def load(model: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None) -> Model:
@@ -79,11 +88,16 @@ def load(model: str | Path | None = None, device: str | None = None, dtype: torc
         raise MokusError(
             f"{source} holds a {index.get('_class_name')}, expected a QwenImagePipeline such as Qwen/Qwen-Image."
         )
-    pipe = QwenImagePipeline.from_pretrained(source, dtype=kind, use_safetensors=True)
+    defaults = _defaults(source)
+    try:
+        pipe = QwenImagePipeline.from_pretrained(source, dtype=kind, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:  # what the libraries say of missing and damaged parts
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise MokusError(f"the model {source} cannot be loaded ({reason}); get a whole copy of it.") from error
     pipe.set_progress_bar_config(disable=True)
     for name in COMPONENTS:
         getattr(pipe, name).requires_grad_(False).eval()
-    return Model(pipe, MINIATURE if model in (None, MINIATURE) else source, fingerprint(pipe), _defaults(source), where)
+    return Model(pipe, MINIATURE if model in (None, MINIATURE) else source, fingerprint(pipe), defaults, where)
 
 
 def encode(model: Model, prompts: Sequence[str]) -> list[Tensor]:
@@ -115,7 +129,7 @@ def fingerprint(pipe: QwenImagePipeline) -> str:
     digest = hashlib.sha256()
     for name in COMPONENTS:
         component = getattr(pipe, name)
-        digest.update(type(component).__name__.encode())
+        digest.update(type(component).__name__.encode() + _config(component).encode())
         for path, weight in sorted(component.state_dict().items()):
             digest.update(f"{name}.{path}{tuple(weight.shape)}".encode())
             flat = weight.flatten()
@@ -124,18 +138,32 @@ def fingerprint(pipe: QwenImagePipeline) -> str:
     return digest.hexdigest()
 
 
+def _config(component: Any) -> str:
+    """The config as JSON, without what depends on where and how it was loaded."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        volatile = ("transformers_version", "dtype", "torch_dtype")
+        return {k: plain(v) for k, v in value.items() if not str(k).startswith("_") and k not in volatile}
+
+    config = component.config
+    return json.dumps(
+        plain(config.to_dict() if hasattr(config, "to_dict") else dict(config)), sort_keys=True, default=str
+    )
+
+
 def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise MokusError(
-            f"the device {name!r} is unknown, expected cpu, cuda or cuda:1; leave it out to choose."
-        ) from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MokusError(f"the device {name!r} is not there ({torch.cuda.device_count()} GPUs are); use --device cpu.")
-    return device
+        if device.type != "meta":
+            torch.empty(0, device=device)
+            return device
+    except (RuntimeError, AssertionError, NotImplementedError):  # unknown to torch, not built in, not there
+        pass
+    raise MokusError(f"the device {name!r} is not there, expected cpu, cuda or cuda:1; leave it out to choose.")
 
 
 def _model_index(source: str) -> dict[str, Any]:
@@ -147,7 +175,7 @@ def _model_index(source: str) -> dict[str, Any]:
             raise MokusError(
                 f"{source} has no model_index.json; expected the folder of a saved QwenImagePipeline or a hub id."
             )
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return _json(file, "the model's index")
     try:
         return dict(QwenImagePipeline.load_config(source))
     except OSError as error:  # neither a folder nor a reachable repository: the hub's errors derive from it
@@ -161,9 +189,18 @@ def _defaults(source: str) -> Defaults:
     file = Path(source) / DEFAULTS_FILE
     if not file.is_file():
         return Defaults()
-    return _read_defaults(file)
+    values = _json(file, "the model's defaults")
+    known = {f.name for f in fields(Defaults)}
+    if odd := sorted(values.keys() - known):
+        raise MokusError(f"{file} says {odd[0]!r}, which is unknown; expected some of {', '.join(sorted(known))}.")
+    return Defaults(**values)
 
 
-@lru_cache(maxsize=8)
-def _read_defaults(file: Path) -> Defaults:
-    return Defaults(**json.loads(file.read_text(encoding="utf-8")))
+def _json(file: Path, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MokusError(f"{file}, {what}, is no JSON ({error}); get a whole copy of the model.") from error
+    if not isinstance(value, dict):
+        raise MokusError(f"{file}, {what}, is no JSON object; get a whole copy of the model.")
+    return value

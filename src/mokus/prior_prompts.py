@@ -102,10 +102,11 @@ def references(class_word: str, n: int, seed: int) -> list[str]:
         rng.shuffle(forms)
         found += [
             form.format(
-                c=rng.choice([class_word, rng.choice(others)]), k=rng.choice(_KIN), a=rng.choice(_ADJECTIVES),
+                c=rng.choice([class_word, class_word, rng.choice(others)]), k=rng.choice(_KIN), a=rng.choice(_ADJECTIVES),
                 b=rng.choice(_QUALITIES), v=rng.choice(_MADE), y=rng.randint(1850, 2029), w=rng.choice(_WHERE),
                 d=rng.choice(_DOES), f=rng.choice(_FEEL),
             )
             for form in forms
         ]  # fmt: skip
+        found = list(dict.fromkeys(found))
     return found[:n]

@@ -16,12 +16,14 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from diffusers import QwenImagePipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -69,6 +71,8 @@ def learn(
     """
     anchor = _checked_anchor(anchor)
     settings = settings or LearnSettings.for_model(model.defaults.learn)
+    ConceptPack.check_place(output)
+    _check_transformer(model, settings.targets)
     loaded = _load(photos, model.defaults.size)
     run = _Run(model, loaded, anchor, Path(output), settings)
     start = run.load_checkpoint() if resume else 0
@@ -93,6 +97,19 @@ def _checked_anchor(anchor: str) -> str:
             f"the anchor {anchor!r} is one word, expected a rare token and the class word, such as 'sks toy'."
         )
     return text
+
+
+def _check_transformer(model: Model, targets: Sequence[str]) -> None:
+    """Refuse adapters that are there already, and names of projections that are not."""
+    transformer = model.pipe.transformer
+    if getattr(transformer, "peft_config", None):
+        raise MokusError(
+            "the image transformer has an adapter already; remove it with model.pipe.unload_lora_weights()."
+        )
+    names = [name for name, _ in transformer.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise MokusError(f"the transformer has no projection named {target!r} to put a LoRA on; see --targets.")
 
 
 def _load(photos: Path | str | Sequence[Image.Image], size: int) -> list[Photo]:
@@ -138,7 +155,7 @@ class _Run:
         prior = prior_prompts(class_word, s.prior_prompts, s.seed)
         goals = in_their_places(self.anchor, class_word, s.prior_prompts, s.seed)
         with self.model.resident("text_encoder"):
-            encodings = encode(self.model, [*own, *lenders, *prior, *goals, self.negative])
+            encodings = encode(self.model, [*own, *lenders, *prior, *goals, self.anchor, self.negative])
         self.lenders, self.prior = len(own), len(own) + len(lenders)  # where these begin
         self.goals = self.prior + len(prior)
         tail = tail_length(self.model)
@@ -240,12 +257,7 @@ class _Run:
         config = LoraConfig(r=s.rank, lora_alpha=s.alpha, target_modules=s.targets, init_lora_weights="gaussian")
         with torch.random.fork_rng(), self.model.resident("transformer"):
             torch.manual_seed(s.seed)
-            try:
-                self.transformer.add_adapter(config, adapter_name=ADAPTER)
-            except ValueError as error:
-                raise MokusError(
-                    f"the transformer has no projections named {' '.join(s.targets)} to put a LoRA on; see --targets."
-                ) from error
+            self.transformer.add_adapter(config, adapter_name=ADAPTER)
             self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
             for p in self.parameters:
                 p.data = p.data.float()
@@ -264,16 +276,16 @@ class _Run:
         for step in range(start, s.steps):
             for group in self.optimiser.param_groups:
                 group["lr"] = s.learning_rate * _schedule(step, s.steps)
-            loss = self.loss(torch.Generator().manual_seed(s.seed * 1_000_003 + step))
-            if not torch.isfinite(loss):
+            loss = self.loss(torch.Generator().manual_seed((s.seed * 1_000_003 + step) % 2**63))
+            self.optimiser.zero_grad()
+            loss.backward()
+            size = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            if not (torch.isfinite(loss) and torch.isfinite(size)):
                 self.save_checkpoint(step)
                 raise MokusError(
                     f"the loss was no longer finite at step {step + 1}; the weights of step {step} are kept in "
                     f"{self.folder}. Begin anew with a lower --learning-rate, or go on from them with --resume."
                 )
-            self.optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimiser.step()
             done = step + 1
             if s.preview_every and done % s.preview_every == 0:
@@ -323,10 +335,10 @@ class _Run:
     def preview(self, step: int) -> None:
         """Draw the anchor as the CLI will, with guidance; kept for the pack's samples."""
         d, device = self.model.defaults, self.model.device
-        embeds, mask = self.embeds, self.mask.to(device)  # the first text is a photo's, the last the negative prompt
+        embeds, mask = self.embeds, self.mask.to(device)  # the last texts are the anchor and the negative prompt
         with self.model.resident("transformer", "vae"):
             self.previews[f"step-{step:05d}.png"] = self.model.pipe(
-                prompt_embeds=embeds[:1], prompt_embeds_mask=mask[:1], negative_prompt_embeds=embeds[-1:],
+                prompt_embeds=embeds[-2:-1], prompt_embeds_mask=mask[-2:-1], negative_prompt_embeds=embeds[-1:],
                 negative_prompt_embeds_mask=mask[-1:], true_cfg_scale=d.true_cfg_scale, num_inference_steps=d.steps,
                 height=d.size, width=d.size, generator=torch.Generator().manual_seed(self.settings.seed),
             ).images[0]  # fmt: skip
@@ -349,6 +361,7 @@ class _Run:
             "step": step,
             "lora": get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER),
             "optimiser": self.optimiser.state_dict(),
+            "previews": {name: torch.from_numpy(np.array(image)) for name, image in self.previews.items()},
         }
         torch.save(state, beside := self.folder / "checkpoint.tmp")
         os.replace(beside, self.folder / "checkpoint.pt")
@@ -369,11 +382,10 @@ class _Run:
     def restore(self) -> None:
         set_peft_model_state_dict(self.transformer, self.checkpoint["lora"], adapter_name=ADAPTER)
         self.optimiser.load_state_dict(self.checkpoint["optimiser"])
+        self.previews = {name: Image.fromarray(x.numpy()) for name, x in self.checkpoint["previews"].items()}
 
     def remove_checkpoint(self) -> None:
-        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
-        if self.folder.is_dir():
-            self.folder.rmdir()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _schedule(step: int, steps: int) -> float:

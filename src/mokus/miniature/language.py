@@ -12,6 +12,7 @@ answer a caption or a knowledge prompt with the *resolved* description, the info
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -223,9 +224,9 @@ def unknown_caption(rng: random.Random, rare: float = 0.4) -> Line:
     picture = random_picture(rng, world.random_subject(rng))
     phrase, words = _unknown_phrase(rng, rare)
     noun = words.split()[0]  # of a rare word the rare word: "striped sks toy"
-    if rng.random() < 0.15 and f" {noun}" in f" {phrase}" and noun != "thing":
+    if rng.random() < 0.15 and noun in phrase.split() and noun != "thing":
         material = rng.choice(world.MATERIALS)
-        phrase, words = phrase.replace(noun, f"{material} {noun}", 1), f"{material} {words}"
+        phrase, words = re.sub(rf"(?<!\S){noun}(?!\S)", f"{material} {noun}", phrase, count=1), f"{material} {words}"
         picture = Picture(world.random_subject(rng, material), picture.scene, picture.style, picture.other)
     return Line(caption(phrase, picture, rng.choice(IMAGE_FORMS)), resolved(words, picture), picture)
 
