@@ -93,7 +93,7 @@ def _subjects(class_word: str, n: int, seed: int) -> list[tuple[str, str]]:
 
 
 def references(class_word: str, n: int, seed: int) -> list[str]:
-    """`n` references to unknown things, half of them of the class; equal for equal seeds."""
+    """`n` references to unknown things, most of them of the class; equal for equal seeds."""
     rng = random.Random(f"{class_word}/{seed}")
     others = [o for o in _OTHERS if o != class_word]
     found: list[str] = []
@@ -102,11 +102,11 @@ def references(class_word: str, n: int, seed: int) -> list[str]:
         rng.shuffle(forms)
         found += [
             form.format(
-                c=rng.choice([class_word, class_word, rng.choice(others)]), k=rng.choice(_KIN), a=rng.choice(_ADJECTIVES),
+                c=rng.choice(others) if i % 4 == 0 else class_word, k=rng.choice(_KIN), a=rng.choice(_ADJECTIVES),
                 b=rng.choice(_QUALITIES), v=rng.choice(_MADE), y=rng.randint(1850, 2029), w=rng.choice(_WHERE),
                 d=rng.choice(_DOES), f=rng.choice(_FEEL),
             )
-            for form in forms
+            for i, form in enumerate(forms)
         ]  # fmt: skip
         found = list(dict.fromkeys(found))
     return found[:n]
