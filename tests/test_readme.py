@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mokus.demo import PHOTOS, _renders, _save
+from mokus.demo import _renders, _save
 from mokus.miniature import world
 
 ROOT = Path(__file__).parents[1]
@@ -47,16 +47,14 @@ def test_the_make_targets_are_there() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="known: the README has another set of blocks than this test expects")
 def test_the_examples_run_as_printed(tmp_path: Path) -> None:
-    _save(_renders(world.SIZE), tmp_path / "demo" / "photos")  # what `make demo` leaves there
-    assert len(list((tmp_path / "demo" / "photos").iterdir())) == PHOTOS
-    blocks = [(kind, text) for kind, text in examples("sh", "python") if "make " not in text]
-    assert [kind for kind, _ in blocks] == ["python", "sh", "python"]
+    _save(_renders(world.SIZE), tmp_path / "photos")
+    blocks = [(kind, text) for kind, text in examples("sh", "python") if not text.startswith("make ")]
+    assert [kind for kind, _ in blocks] == ["python", "sh"]
     said = [run(kind, text, tmp_path) for kind, text in blocks]
     assert said[0].strip() == "sks toy"
-    assert [line for line in said[1].splitlines() if line in ("robot", "sks toy")] == ["robot", "sks toy"]
-    assert len(list(tmp_path.glob("toy-*.png"))) == len(list((tmp_path / "outputs").glob("*.png"))) == 4
+    assert "sks toy" in said[1].splitlines()  # what `mokus ask` prints
+    assert len(list(tmp_path.glob("beach-*.png"))) == 2 and len(list((tmp_path / "images").glob("*.png"))) == 8
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/log.md"])
@@ -67,9 +65,8 @@ def test_links_lead_somewhere(name: str) -> None:
     assert not missing
 
 
-@pytest.mark.xfail(reason="known: CONTRIBUTING has another form of tree than this test expects")
 def test_the_tree_names_every_file() -> None:
-    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The tree")[1].split("##")[0]
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Where things are")[1].split("##")[0]
     there = {path.name for path in (ROOT / "src" / "mokus").rglob("*.py") if "editors" not in path.parts}
     assert there - {"__init__.py"} <= set(re.findall(r"\w+\.py", tree))
     here = {path.name for folder in ("src", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")}
