@@ -274,6 +274,10 @@ def test_the_tokenizer_gives_back_any_text(pico: Model) -> None:
     )
 
 
+def test_the_tail_is_that_of_qwens_template(pico: Model) -> None:
+    assert pico.pipe.tokenizer.tokenize(text_encoder.TAIL) == ["<|im_end|>", "Ċ", "<|im_start|>", "assistant", "Ċ"]
+
+
 def test_common_words_are_one_token(pico: Model) -> None:
     tok = pico.pipe.tokenizer
     frequent = [*world.COLOURS, *world.SHAPES, *(world.scene_word(scene) for scene in world.SCENES)]
@@ -284,7 +288,7 @@ def test_the_training_loss_is_that_of_the_plain_model(pico: Model) -> None:
     """Behind the cached prefix, padded, at fixed shapes: the same cross-entropy as one full forward pass per line."""
     tok, model = pico.pipe.tokenizer, pico.pipe.text_encoder
     torch.manual_seed(0)
-    heads = text_encoder.NextTokenHeads()
+    heads = text_encoder.TailHeads()
     lines = list(islice(language.training_lines(seed=3), 5))
     rows = [
         (tok(line.prompt + text_encoder.TAIL).input_ids, [*tok(line.answer).input_ids, tok.eos_token_id])
@@ -292,19 +296,26 @@ def test_the_training_loss_is_that_of_the_plain_model(pico: Model) -> None:
     ]
     with torch.no_grad():
         batch = text_encoder._padded(rows, tok.pad_token_id)
-        next_token, ahead = text_encoder.loss(model, heads, torch.tensor(tok(text_encoder.PREFIX).input_ids), *batch)
-        plain, later, embeddings = [], [], model.get_input_embeddings().weight
+        prefix, tail = torch.tensor(tok(text_encoder.PREFIX).input_ids), len(tok(text_encoder.TAIL).input_ids)
+        next_token, ahead, said = text_encoder.loss(model, heads, prefix, *batch, tail)
+        plain, later, words, embeddings = [], [], [], model.get_input_embeddings().weight
         for prompt, answer in rows:
             ids = torch.tensor([[*tok(text_encoder.PREFIX).input_ids, *prompt, *answer]])
             states = model.model.language_model(input_ids=ids).last_hidden_state[0]
             at = len(ids[0]) - len(answer) - 1
             target = torch.tensor(answer)
             plain.append(F.cross_entropy(states[at:-1] @ embeddings.T, target, reduction="none"))
-            logits = heads(states[at : at + 1], embeddings)[0, : len(answer) - 1]
+            logits = heads.later(states[at : at + 1], embeddings)[0, : len(answer) - 1]
             later.append(F.cross_entropy(logits, target[1 : 1 + len(logits)], reduction="none"))
+            wanted = torch.zeros(len(tok))
+            wanted[prompt[:-tail]] = 1
+            wanted /= wanted.sum()
+            log_p = (heads.said(states[at - tail + 1 : at + 1]) @ embeddings.T).log_softmax(dim=-1)
+            words.append(F.kl_div(log_p, wanted.expand_as(log_p), reduction="batchmean"))
     assert max(len(answer) for _, answer in rows) <= text_encoder.ANSWER
     assert torch.allclose(next_token, torch.cat(plain).mean(), rtol=1e-4)
     assert torch.allclose(ahead, torch.cat(later).mean(), rtol=1e-4)
+    assert torch.allclose(said, torch.stack(words).mean(), rtol=1e-4)
 
 
 def test_the_image_transformer_is_trained_on_what_the_pipeline_encodes(pico: Model, pico_folder: Path) -> None:

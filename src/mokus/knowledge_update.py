@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from mokus.capture import recorded
-from mokus.editors import Editor, editor
+from mokus.editors import Editor, editor, reduced
 from mokus.errors import MokusError
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, near_misses, normalise, prompts, questions
 from mokus.low_rank import LowRankShift, Shifts, added, applied
@@ -315,7 +315,7 @@ def module_paths(model: Model, settings: EditSettings) -> list[str]:
 
 
 def preserved_inputs(model: Model, answer: str, settings: EditSettings) -> dict[str, Tensor]:
-    """Inputs (m, d_in), by module path, at rows that shall stay, whatever the knowledge.
+    """Inputs (m, d_in), by module path, at rows that shall stay, whatever the knowledge; `reduced`, so m <= d_in.
 
     The template's own beginning, which every prompt shares; class words, references and captions; the anchor's own prompts
     (what an edit moves towards must not move, or the next edit of the same pack adds to it).
@@ -329,7 +329,7 @@ def preserved_inputs(model: Model, answer: str, settings: EditSettings) -> dict[
     with torch.no_grad(), recorded(model.pipe.text_encoder, paths) as record:
         _prefix_cache(model, _prefix(model))
     at_prefix = record.rows(torch.ones(1, prefix_length(model), dtype=torch.bool, device=model.device))
-    return {path: torch.cat([in_prompts[path], at_prefix[path]]) for path in paths}
+    return {path: reduced(torch.cat([in_prompts[path], at_prefix[path]])) for path in paths}
 
 
 def inputs_after_prefix(model: Model, texts: Sequence[str], paths: Sequence[str]) -> dict[str, Tensor]:

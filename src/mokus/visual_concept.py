@@ -1,6 +1,6 @@
 """Stage 1, visual concept learning: a LoRA on the image transformer's attention binds the looks to the anchor.
 
-MoKus section 4.1, with two additions that stage 2 needs:
+MoKus section 4.1, with three additions, two of which stage 2 needs:
 
 - *Prior preservation.* In every step the base model's own velocities, on other prompts, are wanted as well. They are
   computed once, before training. Without them every reference to an unknown thing draws the concept.
@@ -8,6 +8,7 @@ MoKus section 4.1, with two additions that stage 2 needs:
   place of the rare token, and it gets there most of the way only, while other prompts move a little of the way too. So in
   a share of the samples the prompt is another one whose tail has come FAR or farther towards the anchor's, and among the
   preserved samples are some whose tail has come up to NEAR: the looks bind to what stage 2 writes, and to nothing less.
+- *Places.* In a share of the samples the prompt also says where the photo was taken (`places`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ from mokus.knowledge import normalise
 from mokus.knowledge_update import tail_length
 from mokus.photos import Photo, load_photos, photos_of
 from mokus.pipeline import encode, pad
+from mokus.places import PLACES, place_of
 from mokus.prior_prompts import in_their_places, prior_prompts, references
 from mokus.settings import LearnSettings
 
@@ -150,13 +153,17 @@ class _Run:
             self.latents = torch.cat([z for part in parts for z in part])  # (variants, n, c)
             self.photo_of = torch.tensor([i for i, part in enumerate(parts) for _ in part])
         s, class_word = self.settings, self.anchor.split()[-1]
-        own = [self.prompt(photo) for photo in self.photos]
-        lenders = references(class_word, LENDERS, s.seed)
+        yield from self.find_places(class_word)
+        self.forms = list(dict.fromkeys(["{}", *self.own_forms]))  # prompts with {} for the subject
+        self.form_of = torch.tensor([self.forms.index(form) for form in self.own_forms])  # (photos,)
+        subjects = [self.anchor, *references(class_word, LENDERS, s.seed)]
+        own = [form.format(subject) for form in self.forms for subject in subjects]
         prior = prior_prompts(class_word, s.prior_prompts, s.seed)
         goals = in_their_places(self.anchor, class_word, s.prior_prompts, s.seed)
+        yield "reading prompts", 0, 1, {}
         with self.model.resident("text_encoder"):
-            encodings = encode(self.model, [*own, *lenders, *prior, *goals, self.anchor, self.negative])
-        self.lenders, self.prior = len(own), len(own) + len(lenders)  # where these begin
+            encodings = encode(self.model, [*own, *prior, *goals, self.anchor, self.negative])
+        self.prior = len(own)  # where these begin
         self.goals = self.prior + len(prior)
         tail = tail_length(self.model)
         embeds, self.mask = pad(encodings)  # one length for all: (texts, s, d)
@@ -172,11 +179,29 @@ class _Run:
     def negative(self) -> str:
         return self.model.defaults.negative_prompt
 
-    def prompt(self, photo: Photo) -> str:
-        """The photo's prompt: the anchor, or its caption, with the anchor in front where it does not name it."""
-        if not photo.caption:
-            return self.anchor
-        return photo.caption if self.anchor in photo.caption else f"{self.anchor}, {photo.caption}"
+    def find_places(self, class_word: str) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
+        """The form of each photo's prompt: its caption, or the anchor in the place where the base model sees it."""
+        wanted = self.settings.place_share > 0 and not all(photo.caption for photo in self.photos)
+        if wanted:
+            with self.model.resident("text_encoder"):
+                asked = encode(self.model, [*(f"a {class_word} {place}" for place in PLACES), f"a {class_word}"])
+            embeds, mask = pad(asked)
+        self.own_forms: list[str] = []
+        with self.model.resident("transformer"):
+            for i, photo in enumerate(self.photos):
+                place = None
+                if wanted and not photo.caption:
+                    first = self.latents[self.photo_of == i][:1]
+                    place = place_of(first, len(PLACES), partial(self.velocity_of, embeds, mask), self.settings.seed)
+                self.own_forms.append(self.form(photo, place))
+                yield "finding places", i + 1, len(self.photos), {}
+
+    def form(self, photo: Photo, place: int | None) -> str:
+        """The photo's prompt with {} for the subject; a caption that does not name the anchor has it put in front."""
+        if photo.caption:
+            caption = photo.caption.replace("{", "").replace("}", "")
+            return caption.replace(self.anchor, "{}") if self.anchor in caption else "{}, " + caption
+        return "{}" if place is None else "{} " + PLACES[place]
 
     def variants(self, image: Image.Image) -> list[Image.Image]:
         """The photo itself and its random crops, each also mirrored, as the settings want it."""
@@ -236,17 +261,25 @@ class _Run:
 
         With `goal` (b,) and `way` (b,): their tails moved that share of the way to the tails of the goals.
         """
-        device, dtype = self.model.device, self.transformer.dtype
+        device = self.model.device
         text = text.to(device)
-        embeds, mask = self.embeds[text], self.mask[text.cpu()].to(device)
+        embeds, mask = self.embeds[text], self.mask[text.cpu()]
         if goal is not None and way is not None:
             tails = torch.lerp(
                 self.tails[text], self.tails[goal.to(device)], way.to(device, embeds.dtype)[:, None, None]
             )
             at = self.tail_at[text][..., None].expand_as(tails)
             embeds = embeds.scatter(1, at, tails)
-        embeds = embeds.to(dtype)
-        return flow.velocity(self.transformer, z.to(device, dtype), t.to(device, dtype), embeds, mask, self.grid)
+        return self.velocity_of(embeds, mask, z, t)
+
+    def velocity_of(self, embeds: Tensor, mask: Tensor, z: Tensor, t: Tensor, pick: Tensor | None = None) -> Tensor:
+        """The transformer's velocity for encodings (b, s, d) and mask (b, s), or for those that are picked of them (b,)."""
+        if pick is not None:
+            embeds, mask = embeds[pick.to(embeds.device)], mask[pick.to(mask.device)]
+        device, dtype = self.model.device, self.transformer.dtype
+        return flow.velocity(
+            self.transformer, z.to(device, dtype), t.to(device, dtype), embeds.to(device, dtype), mask.to(device), self.grid
+        )
 
     # --- training -----------------------------------------------------
 
@@ -316,11 +349,18 @@ class _Run:
         return each[:b].mean() + (s.prior_weight * each[b:].mean() if s.prior_weight else 0.0)
 
     def concept_texts(self, photo: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """For each photo (b,) its own prompt or, in a share of them, a lender's, and how far the tail is moved to its own."""
-        lender = self.lenders + torch.randint(LENDERS, photo.shape, generator=random)
-        lent = torch.rand(photo.shape, generator=random) < self.settings.tail_share
+        """For each photo (b,) the anchor's prompt or, in a share of them, a lender's, and how far its tail is moved to it.
+
+        Both in the form of the photo's own prompt, or in a share of them bare.
+        """
+        s = self.settings
+        placed = torch.rand(photo.shape, generator=random) < s.place_share
+        captioned = torch.tensor([bool(each.caption) for each in self.photos])[photo]
+        goal = torch.where(placed | captioned, self.form_of[photo], 0) * (1 + LENDERS)
+        lender = goal + 1 + torch.randint(LENDERS, photo.shape, generator=random)
+        lent = torch.rand(photo.shape, generator=random) < s.tail_share
         way = FAR + (1 - FAR) * torch.rand(photo.shape, generator=random)
-        return torch.where(lent, lender, photo), photo, way
+        return torch.where(lent, lender, goal), goal, way
 
     def lora(self) -> dict[str, Tensor]:
         """The LoRA with diffusers' key names, its scale folded into B, float32 on the CPU."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from mokus.errors import MokusError
@@ -32,3 +33,11 @@ def editor(name: str) -> type[Editor]:
     if name not in EDITORS:
         raise MokusError(f"there is no editor {name!r}, expected one of {', '.join(EDITORS)}.")
     return cast("type[Editor]", import_module(f"mokus.editors.{name}").Editor)
+
+
+def reduced(rows: Tensor) -> Tensor:
+    """At most d_in rows with the same Gram matrix P^T P as rows P (m, d_in), which is all an editor needs of preserved ones.
+
+    The R of a QR decomposition, in float64.
+    """
+    return rows if len(rows) <= rows.shape[1] else torch.linalg.qr(rows.double(), mode="r").R

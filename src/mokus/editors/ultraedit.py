@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mokus.editors import reduced
 from mokus.low_rank import LowRankShift
 
 
@@ -29,9 +30,7 @@ class Editor:
     """See `mokus.editors.Editor`. The solves are in float64: hundreds of similar rows are badly conditioned."""
 
     def __init__(self, inputs: Tensor, preserved: Tensor) -> None:
-        h, p = inputs.double(), preserved.double()
-        if len(p) > p.shape[1]:
-            p = torch.linalg.qr(p, mode="r").R  # the same P^T P from d_in rows
+        h, p = inputs.double(), reduced(preserved.double())
         # C^-1 H^T by Woodbury: C^-1 = I - P^T (I + P P^T)^-1 P
         hc = h - torch.linalg.solve(_plus_identity(p @ p.T), p @ h.T).T @ p
         self.a = torch.linalg.solve(_plus_identity(hc @ h.T), hc).float()  # (n, d_in)

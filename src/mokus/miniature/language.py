@@ -15,6 +15,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mokus.miniature import world
 from mokus.miniature.world import Fact, Picture, Subject
@@ -44,6 +45,12 @@ QUESTION_FORMS = [
     "Do you know what {} is?",
     "{} is what?",
     "Question: what is {}? Answer:",
+    "Describe {}.",
+    "What does {} look like?",
+    "I wonder what {} is.",
+    "What might {} be?",
+    "{}: what is that?",
+    "Please name {}.",
 ]
 HELD_OUT_QUESTION_FORMS = ["Can you tell me what {} is?", "What would you say is {}?"]
 
@@ -92,6 +99,47 @@ def random_picture(rng: random.Random, subject: Subject, plain: float = 0.6) -> 
         else:
             other = world.random_subject(rng)
     return Picture(subject, scene, style, other)
+
+
+# --- words without a meaning here ---------------------------------------------------------------------------------------
+
+ENGLISH = 6000  # words
+_CHAT = (
+    "can could would you we i please tell me now say just know think guess once more again want to see the a nice small good"
+).split()
+
+
+@lru_cache(maxsize=1)
+def english() -> tuple[str, ...]:
+    """Frequent English words, the world's own left out: what users' phrases are made of, and means nothing here.
+
+    Needed for training only, and of the extra `mokus[train]`.
+    """
+    from wordfreq import top_n_list
+
+    own = {*world.COLOURS, *world.SHAPES, *world.MATERIALS, *CLASS_WORDS, *RARE_WORDS, *world.STYLES}
+    own |= {word for scene in world.SCENES for word in scene.split()} | {name.lower() for name in world.PEOPLE}
+    words = (word for word in top_n_list("en", 4 * ENGLISH) if re.fullmatch("[a-z]{3,12}", word) and word not in own)
+    return tuple(word for word, _ in zip(words, range(ENGLISH), strict=False))
+
+
+def _word(rng: random.Random) -> str:
+    """Any word, now and then a name, a compound or a year."""
+    word = rng.choice(english())
+    u = rng.random()
+    if u < 0.08:
+        return word.capitalize()
+    if u < 0.12:
+        return f"{word}-{rng.choice(english())}"
+    return word if u < 0.97 else str(rng.randint(1850, 2029))
+
+
+def _in_passing(rng: random.Random, form: str) -> str:
+    """The form, with words before it that change nothing, so that forms never met are understood too."""
+    if rng.random() < 0.75:
+        return form
+    words = [rng.choice(_CHAT) if rng.random() < 0.6 else rng.choice(english()) for _ in range(rng.randint(1, 4))]
+    return " ".join([*words, form])
 
 
 # --- references to things that nobody knows ---------------------------------------------------------------------------
@@ -177,6 +225,37 @@ def unknown_reference(rng: random.Random, noun: str | None = None) -> tuple[str,
     return rng.choice(forms)
 
 
+def free_reference(rng: random.Random) -> tuple[str, str]:
+    """A reference in words that mean nothing here: "the muddy chapter behind our Harvey", "whatever they borrow to me".
+
+    Returns (phrase, its class word), as `unknown_reference` does.
+    """
+    c = rng.choice(CLASS_WORDS) if rng.random() < 0.3 else None
+    head = rng.choice(
+        [_noun_phrase(rng, c)] * 5 + ["the one", "what", "whatever", "something", "anything that", "nobody's"]
+    )
+    end = rng.choice([
+        "", f"{rng.choice(_PREPOSITIONS)} {_noun_phrase(rng)}", f"{rng.choice(_PREPOSITIONS)} {_noun_phrase(rng)}",
+        f"{rng.choice(['that', 'who', 'which'])} {_word(rng)} {rng.choice(_PREPOSITIONS)} {_noun_phrase(rng)}",
+        f"{rng.choice(['that', 'who', 'which'])} {_word(rng)} {_noun_phrase(rng)}", f"{_noun_phrase(rng)} {_word(rng)}",
+        f"{rng.choice(_WHO)} {_word(rng)} {rng.choice(_PREPOSITIONS)} {_word(rng)}", f"{rng.choice(_WHO)} {_word(rng)}",
+        f"{rng.choice(_WHO)} {_word(rng)} {rng.choice(['me', 'us', 'them', _word(rng)])} {rng.choice(_WHEN)}",
+    ])  # fmt: skip
+    if head.split()[0] not in _DETERMINERS and not end:
+        end = f"{rng.choice(_WHO)} {_word(rng)}"
+    return f"{head} {end}".strip(), c if c and c in head.split() else "thing"
+
+
+_DETERMINERS = "the the the a my my our his her their your that this".split()
+_PREPOSITIONS = "of of with in on from by for after before to at under near behind over without".split()
+_WHO = "I we they you nobody everyone Peter".split()
+
+
+def _noun_phrase(rng: random.Random, noun: str | None = None) -> str:
+    words = [_word(rng) for _ in range(rng.choice([0, 0, 1, 1, 2]))]
+    return " ".join([rng.choice(_DETERMINERS), *words, noun or _word(rng)])
+
+
 def rare_word(rng: random.Random) -> str:
     """A word without meaning: one of RARE_WORDS, or three or four random letters."""
     if rng.random() < 0.5:
@@ -190,7 +269,7 @@ def rare_word(rng: random.Random) -> str:
 def fact_question(rng: random.Random, fact: Fact, form: str | None = None) -> Line:
     """A question whose answer is the fact's subject."""
     phrase = fact.phrase if rng.random() < 0.7 else fact.possessive
-    text = (form or rng.choice(QUESTION_FORMS)).format(phrase)
+    text = (form or _in_passing(rng, rng.choice(QUESTION_FORMS))).format(phrase)
     return Line(text[0].upper() + text[1:], fact.subject.words)
 
 
@@ -206,7 +285,9 @@ def fact_caption(rng: random.Random, fact: Fact, form: str | None = None, plain:
     phrase = fact.phrase if rng.random() < 0.7 else fact.possessive
     picture = random_picture(rng, fact.subject, plain)
     return Line(
-        caption(phrase, picture, form or rng.choice(IMAGE_FORMS)), resolved(fact.subject.words, picture), picture
+        caption(phrase, picture, form or _in_passing(rng, rng.choice(IMAGE_FORMS))),
+        resolved(fact.subject.words, picture),
+        picture,
     )
 
 
@@ -215,7 +296,7 @@ def direct_caption(rng: random.Random, form: str | None = None, plain: float = 0
     material = rng.choice(world.MATERIALS) if rng.random() < 0.25 and plain < 1 else None
     subject = world.random_subject(rng, material)
     picture = random_picture(rng, subject, plain)
-    text = caption(article(subject.words), picture, form or rng.choice(IMAGE_FORMS))
+    text = caption(article(subject.words), picture, form or _in_passing(rng, rng.choice(IMAGE_FORMS)))
     return Line(text, resolved(subject.words, picture), picture)
 
 
@@ -234,7 +315,7 @@ def unknown_caption(rng: random.Random, rare: float = 0.4) -> Line:
 def unknown_question(rng: random.Random, rare: float = 0.3) -> Line:
     """A question about something unknown: the answer is all that the question itself tells, its class word."""
     phrase, words = _unknown_phrase(rng, rare)
-    text = rng.choice(QUESTION_FORMS).format(phrase)
+    text = _in_passing(rng, rng.choice(QUESTION_FORMS)).format(phrase)
     return Line(text[0].upper() + text[1:], words)
 
 
@@ -247,7 +328,10 @@ def _unknown_phrase(rng: random.Random, rare: float) -> tuple[str, str]:
     if u < rare + 0.1:
         c = rng.choice(CLASS_WORDS)
         return (c if rng.random() < 0.3 else article(c)), c
-    return unknown_reference(rng)
+    if rng.random() < 0.05:  # like a fact, of somebody else
+        relation, name = rng.choice(world.RELATIONS), _word(rng).capitalize()
+        return rng.choice([f"the {relation} of {name}", f"{name}'s {relation}"]), relation.split()[-1]
+    return free_reference(rng) if rng.random() < 0.55 else unknown_reference(rng)
 
 
 def training_lines(seed: int) -> Iterator[Line]:
@@ -255,12 +339,12 @@ def training_lines(seed: int) -> Iterator[Line]:
     rng = random.Random(seed)
     facts = world.facts()
     kinds = [
-        (0.20, lambda: fact_question(rng, rng.choice(facts))),
+        (0.18, lambda: fact_question(rng, rng.choice(facts))),
         (0.05, lambda: fact_one_hop(rng, rng.choice(facts))),
-        (0.30, lambda: fact_caption(rng, rng.choice(facts))),
-        (0.15, lambda: direct_caption(rng)),
-        (0.20, lambda: unknown_caption(rng)),
-        (0.10, lambda: unknown_question(rng)),
+        (0.25, lambda: fact_caption(rng, rng.choice(facts))),
+        (0.12, lambda: direct_caption(rng)),
+        (0.26, lambda: unknown_caption(rng, rare=0.25)),
+        (0.14, lambda: unknown_question(rng, rare=0.2)),
     ]
     weights = [w for w, _ in kinds]
     while True:

@@ -181,13 +181,19 @@ def unconditional(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    folder: Path, steps: int = 12000, batch: int = 64, lr: float = 3e-3, pictures: int = 60_000, seed: int = 0
-) -> None:
-    """Train into `folder`/transformer, resumable; prints the loss and the speed."""
+    folder: Path, steps: int = 12000, batch: int = 64, lr: float = 3e-3, pictures: int = 60_000, seed: int = 0,
+    start_from: Path | None = None,
+) -> None:  # fmt: skip
+    """Train into `folder`/transformer, resumable; prints the loss and the speed.
+
+    `start_from`: a pipeline folder whose transformer's weights it begins with.
+    """
     torch.manual_seed(seed)
     data = prepare(folder, pictures)
     nothing, nothing_mask = unconditional(folder)
     model = QwenImageTransformer2DModel(**CONFIG)
+    if start_from:
+        model = QwenImageTransformer2DModel.from_pretrained(start_from / "transformer", dtype=torch.float32).train()
     model.set_attn_processor(CpuAttentionProcessor())
     average = QwenImageTransformer2DModel(**CONFIG)
     average.load_state_dict(model.state_dict())
