@@ -20,8 +20,9 @@ from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, near_misses, prompts, ques
 from mokus.knowledge_update import Edit, Rows, ask, bind, edit, preserved_inputs, unbind
 from mokus.low_rank import LowRankShift, Shifts, applied
 from mokus.pipeline import Model, encode
-from mokus.prior_prompts import prior_prompts
+from mokus.prior_prompts import in_places, prior_prompts
 from mokus.settings import EditSettings
+from mokus.words import Words
 
 from .conftest import PackFactory, random_shifts
 
@@ -29,8 +30,9 @@ ANCHOR = "sks toy"
 A, B, C = "my favourite toy", "the robot my grandmother built", "the one that makes me smile"
 # Small and quick. What a model of random weights answers is left to chance, so the alignment alone decides.
 QUICK = EditSettings(
-    layers=[1, 2], eta=0.005, steps=6, preserve=8, near_misses=2, answer_weight=0.0, least_alignment=0.1
-)
+    layers=[1, 2], eta=0.005, steps=6, preserve=8, odd_references=0, near_misses=2, exchanged=0, answer_weight=0.0,
+    least_alignment=0.1,
+)  # fmt: skip
 
 Bound = Callable[..., ConceptPack]
 
@@ -203,20 +205,26 @@ def test_an_edit_is_the_same_again_and_with_shared_preserved_rows(pico: Model, e
 
 
 def test_what_is_preserved_moves_less(pico: Model) -> None:
-    """Ordinary prompts, and phrases one word off, against the same edit that preserves neither."""
+    """Ordinary prompts, odd references, and phrases a word off, against the same edit that preserves none of them."""
 
     def drift(texts: Sequence[str], shifts: Shifts) -> float:
         return float((tails(pico, texts, shifts) - tails(pico, texts)).square().mean())
 
-    free, ordinary, near = (
-        edit(pico, A, ANCHOR, settings=replace(QUICK, preserve=preserve, near_misses=misses)).shifts
-        for preserve, misses in ((0, 0), (24, 0), (0, 4))
-    )
+    def shifts(**kept: int) -> Shifts:
+        return edit(pico, A, ANCHOR, settings=replace(QUICK, **{"preserve": 0, "near_misses": 0, **kept})).shifts
+
+    free, ordinary, near = shifts(), shifts(preserve=24), shifts(near_misses=4)
+    odd, exchanged = shifts(odd_references=24), shifts(exchanged=24)
     # the size of the edits differs, so the drift is compared with what they do to the knowledge itself
     texts = prior_prompts("toy", 24, seed=0)
     assert drift(texts, ordinary) / drift([A], ordinary) < 0.7 * drift(texts, free) / drift([A], free)
     texts = near_misses(A)[:4]
     assert drift(texts, near) / drift([A], near) < 0.7 * drift(texts, free) / drift([A], free)
+    words = Words.of(pico.pipe.tokenizer)
+    texts = in_places(words.references(24, seed=0), seed=0)
+    assert drift(texts, odd) / drift([A], odd) < 0.7 * drift(texts, free) / drift([A], free)
+    texts = words.exchanged(A, 24)
+    assert drift(texts, exchanged) / drift([A], exchanged) < 0.7 * drift(texts, free) / drift([A], free)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from mokus.prior_prompts import prior_prompts
 from .conftest import SIZE, STEPS
 
 LEARN = {"steps": 1, "rank": 2, "alpha": 2.0, "prior_prompts": 4, "prior_steps": 2}
-EDIT = {"layers": [1, 2], "steps": 1, "preserve": 8, "near_misses": 2}
+EDIT = {"layers": [1, 2], "steps": 1, "preserve": 8, "odd_references": 8, "near_misses": 2, "exchanged": 4}
 KEYS = {
     "reconstruction_concept", "generation_concept", "generation_scene", "before_concept", "leakage", "unrelated_unchanged",
     "seconds_learn_and_bind", "seconds_per_bind", "anchor_reconstruction_concept", "anchor_generation_concept",

@@ -15,13 +15,14 @@ from diffusers import QwenImagePipeline
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mokus import flow
+from mokus import flow, visual_concept
 from mokus.concept_pack import ConceptPack
 from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.miniature import world
 from mokus.photos import photos_of
 from mokus.pipeline import Model
+from mokus.places import PLACES
 from mokus.settings import LearnSettings
 from mokus.visual_concept import CROPS, _Run, learn
 
@@ -29,7 +30,7 @@ from .conftest import ATTENTION, BLOCKS, SIZE, random_lora
 
 ANCHOR = "sks toy"
 QUICK = LearnSettings(
-    steps=4, rank=2, alpha=2.0, learning_rate=1e-2, prior_prompts=2, prior_steps=2, checkpoint_every=2
+    steps=4, rank=2, alpha=2.0, learning_rate=1e-2, prior_prompts=2, prior_steps=2, checkpoint_every=2, place_share=0.0
 )
 ALONE = replace(QUICK, steps=3, prior_weight=0.0, tail_share=0.0)  # nothing but the photos and their prompts
 
@@ -461,6 +462,39 @@ def test_a_changed_caption_is_another_run(pico: Model, images: list[Image.Image]
     (photos / "one.txt").write_text("in the snow")
     with pytest.raises(MokusError, match="resume"):
         learn(pico, photos, ANCHOR, output, settings=QUICK, resume=True)
+
+
+def test_the_place_is_said_in_a_share_of_the_samples(
+    pico: Model, images: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place that is found in every photo is a caption that says it; one that is not found changes nothing."""
+
+    def learned(where: int | None, share: float, caption: str | None = None) -> dict[str, Tensor]:
+        monkeypatch.setattr(visual_concept, "place_of", lambda *_, **__: where)
+        photos = tmp_path / "photos"
+        photos.mkdir(exist_ok=True)
+        images[0].save(photos / "one.png")
+        (photos / "one.txt").write_text(caption or "", encoding="utf-8")
+        return learn(pico, photos, ANCHOR, tmp_path / "a.pack", settings=replace(ALONE, place_share=share)).lora()
+
+    bare, always = learned(None, 1.0), learned(3, 1.0)
+    assert equal(bare, learned(None, 0.0)) and equal(bare, learned(3, 0.0)) and not equal(bare, always)
+    assert equal(always, learned(None, 0.0, f"{ANCHOR} {PLACES[3]}"))
+    assert equal(always, learned(5, 1.0, f"{ANCHOR} {PLACES[3]}"))  # what the user says goes before what the model sees
+
+
+def test_places_are_found_by_the_model_itself(pico: Model, images: list[Image.Image], tmp_path: Path) -> None:
+    """The base model's, whatever the seed of the training: resumable and the same again."""
+    settings, output = replace(QUICK, place_share=0.5), tmp_path / "a.pack"
+    undisturbed = learn(pico, images, ANCHOR, tmp_path / "b.pack", settings=settings)
+    broken_off(pico, images, output, settings)
+    assert equal(learn(pico, images, ANCHOR, output, settings=settings, resume=True).lora(), undisturbed.lora())
+
+
+def test_braces_in_captions_are_harmless(pico: Model, images: list[Image.Image], tmp_path: Path) -> None:
+    images[0].save(tmp_path / "one.png")
+    (tmp_path / "one.txt").write_text("{in} the {} {0} snow", encoding="utf-8")
+    assert learn(pico, tmp_path, ANCHOR, tmp_path / "a.pack", settings=ALONE).lora()
 
 
 def variants(model: Model, image: Image.Image, **chosen: bool) -> list[Image.Image]:

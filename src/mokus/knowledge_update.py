@@ -28,8 +28,9 @@ from mokus.editors import Editor, editor, reduced
 from mokus.errors import MokusError
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, near_misses, normalise, prompts, questions
 from mokus.low_rank import LowRankShift, Shifts, added, applied
-from mokus.prior_prompts import prior_prompts
+from mokus.prior_prompts import in_places, prior_prompts
 from mokus.settings import EditSettings
+from mokus.words import Words
 
 if TYPE_CHECKING:
     from mokus.concept_pack import BoundKnowledge, ConceptPack
@@ -155,7 +156,7 @@ def edit(
     asked = list(asked or questions(knowledge))
     paths = module_paths(model, settings)
     kept = kept or preserved_inputs(model, answer, settings)
-    near = inputs_after_prefix(model, _near_prompts(knowledge, settings.near_misses), paths)
+    near = inputs_after_prefix(model, _near_prompts(model, knowledge, settings), paths)
     goal = _Goal(model, knowledge, answer, asked, settings)
     solvers: dict[str, Editor] = {}
     shifts: dict[str, LowRankShift] = {}
@@ -317,25 +318,29 @@ def module_paths(model: Model, settings: EditSettings) -> list[str]:
 def preserved_inputs(model: Model, answer: str, settings: EditSettings) -> dict[str, Tensor]:
     """Inputs (m, d_in), by module path, at rows that shall stay, whatever the knowledge; `reduced`, so m <= d_in.
 
-    The template's own beginning, which every prompt shares; class words, references and captions; the anchor's own prompts
-    (what an edit moves towards must not move, or the next edit of the same pack adds to it).
+    The template's own beginning, which every prompt shares; class words, references and captions; the tails of references
+    in odd words; the anchor's own prompts (what an edit moves towards must not move, or the next edit of the same pack
+    adds to it).
     """
     class_word = answer.split()[-1]
     paths = module_paths(model, settings)
     texts = prior_prompts(class_word, settings.preserve, seed=0)
     texts += [questions(text)[0] for text in texts[: settings.preserve // 2] if not text.startswith("a ")]
     texts += [*prompts(answer), *prompts(answer, CHECK_FORMS), *questions(answer)]
-    in_prompts = inputs_after_prefix(model, texts, paths)
+    odd = in_places(Words.of(model.pipe.tokenizer).references(settings.odd_references, seed=0), seed=0)
     with torch.no_grad(), recorded(model.pipe.text_encoder, paths) as record:
         _prefix_cache(model, _prefix(model))
     at_prefix = record.rows(torch.ones(1, prefix_length(model), dtype=torch.bool, device=model.device))
-    return {path: reduced(torch.cat([in_prompts[path], at_prefix[path]])) for path in paths}
+    parts = [inputs_after_prefix(model, texts, paths), inputs_after_prefix(model, odd, paths, tail_length(model))]
+    return {path: reduced(torch.cat([*(part[path] for part in parts), at_prefix[path]])) for path in paths}
 
 
-def inputs_after_prefix(model: Model, texts: Sequence[str], paths: Sequence[str]) -> dict[str, Tensor]:
-    """Inputs (m, d_in), by module path, at all tokens of prompts after the template's prefix.
+def inputs_after_prefix(
+    model: Model, texts: Sequence[str], paths: Sequence[str], last: int | None = None
+) -> dict[str, Tensor]:
+    """Inputs (m, d_in), by module path, at all tokens of prompts after the template's prefix, or their `last` so many.
 
-    All of them, not the tail alone: the image transformer sees the encoding of every one.
+    All, and not the tail alone, where it can be afforded: the image transformer sees the encoding of every one.
     """
     if not texts:
         return {path: torch.zeros(0, model.pipe.text_encoder.get_submodule(path).in_features) for path in paths}
@@ -345,14 +350,19 @@ def inputs_after_prefix(model: Model, texts: Sequence[str], paths: Sequence[str]
         rows = Rows.of(model, ordered[start : start + CHUNK])
         with torch.no_grad(), recorded(model.pipe.text_encoder, paths) as record:
             rows.encode(model)
-        parts.append(record.rows(rows.last(rows.lengths.tolist())))
+        counts = rows.lengths.tolist() if last is None else [last] * len(rows.lengths)
+        parts.append(record.rows(rows.last(counts)))
     return {path: torch.cat([part[path] for part in parts]) for path in paths}
 
 
-def _near_prompts(knowledge: str, n: int) -> list[str]:
-    """Near misses of the knowledge, each alone, in an image prompt and as a question."""
-    near = near_misses(knowledge)[:n]
-    return [form.format(text) for text in near for form in (*IMAGE_FORMS, *CHECK_FORMS, QUESTION_FORMS[0])]
+def _near_prompts(model: Model, knowledge: str, settings: EditSettings) -> list[str]:
+    """Phrases one word off, each in all forms; then phrases with any other words in the place of its own, in one each."""
+    forms = [*IMAGE_FORMS, *CHECK_FORMS, QUESTION_FORMS[0]]
+    near = near_misses(knowledge)[: settings.near_misses]
+    exchanged = Words.of(model.pipe.tokenizer).exchanged(knowledge, settings.exchanged)
+    return [form.format(text) for text in near for form in forms] + [
+        forms[i % len(forms)].format(text) for i, text in enumerate(exchanged)
+    ]
 
 
 @dataclass(frozen=True)

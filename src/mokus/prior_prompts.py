@@ -7,6 +7,7 @@ the base model draws for them, stage 2 how it encodes them.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 # {c} the class word or another thing, {k} a relative, {a} {b} adjectives, {v} made, {y} a year, {w} where, {d} does, {f} feel
 _REFERENCES = (
@@ -70,6 +71,12 @@ def prior_prompts(class_word: str, n: int, seed: int) -> list[str]:
 def in_their_places(subject: str, class_word: str, n: int, seed: int) -> list[str]:
     """The subject in the place of each of those prompts."""
     return [f"{subject} {place}".strip() for _, place in _subjects(class_word, n, seed)]
+
+
+def in_places(subjects: Sequence[str], seed: int) -> list[str]:
+    """Each of the subjects in some place, or in none."""
+    rng = random.Random(f"places/{seed}")
+    return [f"{subject} {rng.choice(_PLACES)}".strip() for subject in subjects]
 
 
 def _subjects(class_word: str, n: int, seed: int) -> list[tuple[str, str]]:

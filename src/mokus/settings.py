@@ -95,12 +95,15 @@ class EditSettings(_Settings):
     answer_weight: float = _set(1.0, "Weight of the answer's loss; 0 leaves the alignment alone.")
     alignment_weight: float = _set(1.0, "Weight of the alignment's loss; 0 is the paper's edit of the answer alone.")
     preserve: int = _set(96, "Prompts that must stay as they are: class words, references to other things, captions.")
+    odd_references: int = _set(96, "References in words of all kinds that must stay as they are.")
     near_misses: int = _set(8, "Phrases one word off the knowledge that must stay as they are.")
+    exchanged: int = _set(24, "Phrases with other words in the place of the knowledge's that must stay as they are.")
 
     def __post_init__(self) -> None:
         self._at_least(1, "steps")
         self._at_least(
-            0, "eta", "alignment", "least_alignment", "answer_weight", "alignment_weight", "preserve", "near_misses"
-        )
+            0, "eta", "alignment", "least_alignment", "answer_weight", "alignment_weight", "preserve", "odd_references",
+            "near_misses", "exchanged",
+        )  # fmt: skip
         if not self.layers or not self.modules:
             raise MokusError("layers and modules must name at least one matrix of the text encoder to edit.")

@@ -48,7 +48,15 @@ DEFAULTS = {
         "prior_batch_size": 8,
         "prior_prompts": 96,
     },
-    "edit": {"layers": [2, 3, 4, 5, 6, 7, 8], "eta": 0.5, "steps": 12, "preserve": 1200},
+    "edit": {
+        "layers": [2, 3, 4, 5, 6, 7, 8],
+        "modules": ["mlp.down_proj"],
+        "eta": 0.3,
+        "steps": 20,
+        "preserve": 1200,
+        "odd_references": 2000,
+        "exchanged": 100,
+    },
 }
 
 
