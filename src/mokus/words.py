@@ -21,11 +21,12 @@ _SMALL = {*_DETERMINERS, *_PREPOSITIONS, *_WHO} | set("who that what whatever so
 
 @dataclass(frozen=True)
 class Words:
-    """Pieces of a vocabulary: whole words, beginnings of words, what may follow them."""
+    """Pieces of a vocabulary: whole words, beginnings of words, what may follow them, names."""
 
     whole: list[str]
     beginnings: list[str]
     rests: list[str]
+    names: list[str]
 
     @classmethod
     def of(cls, tokenizer: Any) -> Words:
@@ -36,6 +37,7 @@ class Words:
             [word for word in starts if len(word) > 2] or starts or pieces,
             [word for word in starts if len(word) < 6] or starts or pieces,
             [piece for piece in pieces if re.fullmatch("[a-z]{1,6}", piece)] or pieces,
+            [piece[1:] for piece in pieces if re.fullmatch(f"{SPACE}[A-Z][a-z]+", piece)] or pieces,
         )
 
     def word(self, rng: random.Random) -> str:
@@ -46,7 +48,7 @@ class Words:
         if rng.random() < 0.5:
             word = rng.choice(self.beginnings) + "".join(rng.choice(self.rests) for _ in range(rng.choice([1, 1, 2])))
         if rng.random() < 0.1:
-            word = word.capitalize()
+            word = rng.choice([word.capitalize(), rng.choice(self.names)])
         return f"{word}-{rng.choice(self.whole)}" if rng.random() < 0.04 else word
 
     def references(self, n: int, seed: int) -> list[str]:
@@ -60,8 +62,11 @@ class Words:
         def thing() -> str:
             return " ".join([rng.choice(_DETERMINERS), *(w() for _ in range(rng.choice([1, 1, 2, 3])))])
 
+        name = rng.choice(self.names)
         forms = [
             thing(),
+            f"the {w()} {w()} of {name}",
+            f"{name}'s {w()} {w()}",
             f"{thing()} {rng.choice(_PREPOSITIONS)} {thing()}",
             f"{thing()} {rng.choice(['that', 'who'])} {w()} {thing()}",
             f"{rng.choice(['what', 'whatever', 'the one', 'something'])} {w()} {w()} {thing()}",

@@ -61,7 +61,11 @@ DEFAULTS = {
 
 
 def assemble(trained: Path, output: Path) -> None:
-    """Write the pipeline from the folder of trainings, weights in bfloat16: half the bytes, loaded as float32 on a CPU."""
+    """Write the pipeline from the folder of trainings, oracle included, all weights rounded to bfloat16.
+
+    The text encoder's are stored as float32 all the same: transformers loads weights in the type they are stored in,
+    diffusers in float32, and plain `from_pretrained` shall give a pipeline of one type.
+    """
     pipe = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
         vae=AutoencoderKLQwenImage.from_pretrained(trained / "vae"),
@@ -70,6 +74,7 @@ def assemble(trained: Path, output: Path) -> None:
         transformer=QwenImageTransformer2DModel.from_pretrained(trained / "transformer"),
     )
     pipe.to(dtype=torch.bfloat16)
+    pipe.text_encoder.to(torch.float32)
     beside = output.with_name(output.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     pipe.save_pretrained(beside, safe_serialization=True)
