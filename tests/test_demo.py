@@ -22,7 +22,16 @@ from .conftest import SIZE, STEPS
 
 SEEDS = (0, 3)
 LEARN = {"steps": 4, "rank": 2, "alpha": 2.0, "prior_prompts": 4, "prior_steps": 2}
-EDIT = {"layers": [1, 2], "steps": 1, "preserve": 8, "odd_references": 8, "near_misses": 2, "exchanged": 4, "answer_weight": 0.0, "least_alignment": 0.0}
+EDIT = {
+    "layers": [1, 2],
+    "steps": 1,
+    "preserve": 8,
+    "odd_references": 8,
+    "near_misses": 2,
+    "exchanged": 4,
+    "answer_weight": 0.0,
+    "least_alignment": 0.0,
+}
 READ = {"colour": "red", "shape": "star", "scene": "on the beach", "style": "plain", "character": demo.CHARACTER}
 
 

@@ -318,6 +318,28 @@ def test_the_training_loss_is_that_of_the_plain_model(pico: Model) -> None:
     assert torch.allclose(said, torch.stack(words).mean(), rtol=1e-4)
 
 
+def test_an_encoder_can_begin_with_another_ones_words(pico: Model, pico_folder: Path) -> None:
+    """With the same tokenizer it is that encoder; a word that the other cut into pieces is the mean of them."""
+    model = type(pico.pipe.text_encoder)(pico.pipe.text_encoder.config)
+    text_encoder._begin_with(model, pico.pipe.tokenizer, pico_folder)
+    for name, value in pico.pipe.text_encoder.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+    class Longer:
+        """A tokenizer whose only word is several words of the other's."""
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"Ġredstar": 0}
+
+        def decode(self, ids: list[int]) -> str:
+            return " red star"
+
+    text_encoder._begin_with(model, Longer(), pico_folder)  # type: ignore[arg-type]
+    pieces = pico.pipe.tokenizer(" red star").input_ids
+    mean = pico.pipe.text_encoder.get_input_embeddings().weight[pieces].mean(dim=0)
+    assert len(pieces) > 1 and torch.allclose(model.get_input_embeddings().weight[0], mean)
+
+
 def test_the_image_transformer_is_trained_on_what_the_pipeline_encodes(pico: Model, pico_folder: Path) -> None:
     prompts = [
         "a red ball",

@@ -71,7 +71,9 @@ class LearnSettings(_Settings):
         self._at_least(
             1, "steps", "rank", "batch_size", "prior_batch_size", "prior_prompts", "prior_steps", "checkpoint_every"
         )
-        self._at_least(0, "learning_rate", "time_std", "prior_weight", "preview_every", "tail_share", "place_share", "seed")
+        self._at_least(
+            0, "learning_rate", "time_std", "prior_weight", "preview_every", "tail_share", "place_share", "seed"
+        )
         for name in ("tail_share", "place_share"):
             if getattr(self, name) > 1:
                 raise MokusError(f"{name} is {getattr(self, name)}, expected a share from 0 to 1.")

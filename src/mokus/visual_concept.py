@@ -277,9 +277,8 @@ class _Run:
         if pick is not None:
             embeds, mask = embeds[pick.to(embeds.device)], mask[pick.to(mask.device)]
         device, dtype = self.model.device, self.transformer.dtype
-        return flow.velocity(
-            self.transformer, z.to(device, dtype), t.to(device, dtype), embeds.to(device, dtype), mask.to(device), self.grid
-        )
+        z, t, embeds = (x.to(device, dtype) for x in (z, t, embeds))
+        return flow.velocity(self.transformer, z, t, embeds, mask.to(device), self.grid)
 
     # --- training -----------------------------------------------------
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 SPACE = "Ġ"  # how a byte-level BPE writes the space before a word
-_DETERMINERS = "the the the my my our a his her your that".split()
-_PREPOSITIONS = "of of in with from by for on to after under".split()
-_WHO = "I we they you nobody".split()
-_SMALL = {*_DETERMINERS, *_PREPOSITIONS, *_WHO} | set("who that what whatever something the one and is me us".split())
+_DETERMINERS = ["the", "the", "the", "my", "my", "our", "a", "his", "her", "your", "that"]
+_PREPOSITIONS = ["of", "of", "in", "with", "from", "by", "for", "on", "to", "after", "under"]
+_WHO = ["I", "we", "they", "you", "nobody"]
+_SMALL = {*_DETERMINERS, *_PREPOSITIONS, *_WHO, "who", "what", "whatever", "something", "one", "and", "is", "me", "us"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Words:
         return [self._reference(rng) for _ in range(n)]
 
     def _reference(self, rng: random.Random) -> str:
-        w = lambda: self.word(rng)  # noqa: E731
+        def w() -> str:
+            return self.word(rng)
 
         def thing() -> str:
             return " ".join([rng.choice(_DETERMINERS), *(w() for _ in range(rng.choice([1, 1, 2, 3])))])

@@ -193,6 +193,7 @@ def _begin_with(model: Any, tok: Qwen2Tokenizer, pipeline: Path) -> None:
     embeddings = known.get_input_embeddings().weight
     state = {n: w for n, w in known.state_dict().items() if "embed_tokens" not in n and "lm_head" not in n}
     model.load_state_dict(state, strict=False)
-    for i in range(len(tok)):
-        ids = pieces(tok.decode([i])).input_ids or [pieces.pad_token_id]
+    there = pieces.get_vocab()
+    for piece, i in tok.get_vocab().items():
+        ids = [there[piece]] if piece in there else pieces(tok.decode([i])).input_ids
         model.get_input_embeddings().weight[i] = embeddings[ids].mean(dim=0)

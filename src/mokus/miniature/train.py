@@ -1,6 +1,6 @@
 """Train all of the miniature from nothing: `python -m mokus.miniature.train WORK`. Run it again to go on after a stop.
 
-Every part checkpoints into WORK and is skipped once it is done; about four hours on two cores.
+Every part checkpoints into WORK and is skipped once it is done; about three hours on two cores. Needs `mokus[train]`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ def train(
     output: Annotated[
         Path | None, typer.Option(help="Where the finished pipeline goes.", show_default="WORK/weights")
     ] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="A pipeline folder whose text encoder and image transformer to begin with.")
+    ] = None,
 ) -> None:
     """Train text encoder, VAE, oracle and image transformer, and put them together."""
-    text_encoder.train(work)
+    text_encoder.train(work, start_from=start_from)
     vae.train(work / "vae")
     oracle.train(work)
-    mmdit.train(work)
+    mmdit.train(work, start_from=start_from)
     target = output or work / "weights"
     assemble.assemble(work, target)
     print(f"the miniature is in {target}")
