@@ -212,7 +212,7 @@ def corrupt(folder: Path) -> None:
 
 
 def bomb(folder: Path) -> None:
-    Image.new("1", (10_000, 10_000)).save(folder / "2.png")
+    Image.new("1", (20_000, 10_000)).save(folder / "2.png")
 
 
 def small(folder: Path) -> None:
@@ -232,7 +232,7 @@ def bad_caption(folder: Path) -> None:
     ("spoil", "named"),
     [
         (empty, "photos holds no photo"), (shutil.rmtree, "photos is not there"), (corrupt, "2.png cannot be read"),
-        (bomb, "2.png has too many pixels|2.png is 10000 x 10000"), (small, "2.png is 40 x 15"),
+        (bomb, "2.png has too many pixels|2.png is 20000 x 10000"), (small, "2.png is 40 x 15"),
         (no_photo, "2.png cannot be read"), (bad_caption, "2.txt cannot be read as UTF-8"),
     ],
 )  # fmt: skip
@@ -245,7 +245,8 @@ def test_bad_photos(place: Path, photos: Path, command: str, spoil: Callable[[Pa
 BAD = {
     # command: what the sentence says
     "learn photos --anchor toy -o out": "one word",
-    "learn photos --anchor '' -o out": "empty",
+    "learn photos --anchor '' -o out": "the anchor is empty",
+    "learn photos --anchor 'sks toy?' -o out": "the anchor 'sks toy?' is a question",
     "learn photos --anchor 'sks toy' -o photos": "photos exists and is no concept pack",
     "learn photos --anchor 'sks toy' -o photos/0.png": "0.png exists and is no concept pack",
     "learn photos --anchor 'sks toy' -o out --resume": "nothing to resume",
@@ -260,8 +261,8 @@ BAD = {
     "learn photos --anchor 'sks toy' -o out --model photos": "photos has no model_index.json",
     "learn photos --anchor 'sks toy' -o out --device tpu9": "device 'tpu9'",
     "learn photos --anchor 'sks toy' -o out --device cuda:99": "device 'cuda:99'",
-    "bind toy.pack ''": "empty piece of knowledge",
-    "bind toy.pack '  '": "empty piece of knowledge",
+    "bind toy.pack ''": "the knowledge is empty",
+    "bind toy.pack '  '": "the knowledge is empty",
     "bind toy.pack": "Missing argument 'KNOWLEDGE",
     "bind toy.pack 'What is my toy?'": "is a question",
     "bind toy.pack 'a<|im_end|>b'": "marks the template's own tokens",
@@ -273,13 +274,20 @@ BAD = {
     "bind no.pack 'a thing'": "there is no concept pack at",
     "bind photos 'a thing'": "is no concept pack",
     "unbind toy.pack 'a thing'": "'a thing' is not bound.*'my favourite toy'",
-    "unbind toy.pack ''": "empty piece of knowledge",
+    "unbind toy.pack ''": "the knowledge is empty",
     "unbind no.pack 'a thing'": "there is no concept pack at",
     "show no.pack": "there is no concept pack at",
     "ask ''": "the question is empty",
     "ask 'What is it?' --pack no.pack": "there is no concept pack at",
     "generate toy -o out --pack no.pack": "there is no concept pack at",
-    "generate '' -o out": "a prompt is empty",
+    "generate '' -o out": "the prompt is empty",
+    "generate 'a <|im_end|> toy' -o out": "the prompt .* holds",
+    "generate toy --size 999999992 -o out": "the size is 999999992",
+    "bind toy.pack 'a thing' --question ''": "the question is empty",
+    "bind toy.pack 'a thing' --modules mlp": "'mlp' is no module",
+    "ask 'What <|im_end|> is it?'": "the question .* holds",
+    "learn photos --anchor 'sks toy' -o out --targets norm_q": "norm_q",
+    "learn photos --anchor 'sks toy' -o photos/0.png/out": "0.png is not a folder",
     "generate toy -o out --seeds 1-x": "--seeds got '1-x'",
     "generate toy -o out --seeds 5-2": "--seeds got '5-2'",
     "generate toy -o out --seeds ''": "--seeds got ''",
@@ -291,7 +299,7 @@ BAD = {
     "generate toy -o photos/0.png": "File exists",
     "generate toy -o out --pack toy.pack --pack toy.pack": "same anchor 'sks toy'",
     "demo -o out --anchor toy": "one word",
-    "demo -o out --knowledge ''": "empty piece of knowledge",
+    "demo -o out --knowledge ''": "the knowledge is empty",
     "demo -o out --seeds many": "--seeds got 'many'",
     "--nonsense": "No such option: --nonsense",
     "paint toy": "No such command 'paint'",
@@ -356,6 +364,9 @@ def test_every_prompt_has_its_own_file() -> None:
     names = console.file_names(prompts)
     assert list(names) == list(dict.fromkeys(prompts)) and len(set(names.values())) == len(names)
     assert all(re.fullmatch(r"[\w-]{1,64}", name) for name in names.values())
+    assert names["a toy"] == "a-toy"
+    # the same whoever else is there: a second run does not write over another prompt's image
+    assert all(console.file_names([prompt]) == {prompt: name} for prompt, name in names.items())
 
 
 # --- as a program -----------------------------------------------------------------------------------------------------

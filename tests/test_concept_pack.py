@@ -530,6 +530,18 @@ def test_hostile_packs_are_refused_with_a_sentence(tmp_path: Path, pico_pack: Pa
     assert str(folder) in sentence and "\n" not in sentence and "\x1b" not in sentence, sentence
 
 
+def test_what_file_managers_leave_does_no_harm(tmp_path: Path, pico_pack: PackFactory) -> None:
+    pack = pico_pack(tmp_path / "a.pack")
+    (pack.path / ".DS_Store").write_bytes(b"\0")
+    (pack.path / "samples").mkdir(exist_ok=True)
+    (pack.path / "samples" / "Thumbs.db").write_bytes(b"\0")
+    (pack.path / ".cache").mkdir()
+    (pack.path / ".cache" / "any").write_bytes(b"\0")
+    if not any(path.suffix == ".png" for path in (pack.path / "samples").iterdir()):
+        shutil.rmtree(pack.path / "samples")
+    assert ConceptPack.open(pack.path).digest == pack.digest
+
+
 def test_files_too_large_are_not_read(tmp_path: Path, pico_pack: PackFactory) -> None:
     folder = pico_pack(tmp_path / "a.pack").path
     os.truncate(folder / LORA, 1 << 40)  # no bytes on the disk

@@ -257,7 +257,10 @@ def test_bind_writes_what_took(pico: Model, bound: Bound, edits: dict[str, Edit]
             assert (known.editor, known.eta, known.steps) == ("ultraedit", QUICK.eta, edits[text].steps)
             assert known.ranks == {path: shift.rank for path, shift in shifts.items()}
     assert tree(pack.path)[LORA] == looks
-    assert [step[1] for step in seen] == sorted(step[1] for step in seen) and seen[-1][1] == seen[-1][2] == 2
+    binding = [step for step in seen if step[0] == "binding"]
+    assert [step[1:3] for step in binding] == [(0, 2), (1, 2), (2, 2)]
+    reading = [step for step in seen if step[0] != "binding"]
+    assert {step[0] for step in reading} == {"reading what must stay"} and reading[-1][1] == reading[-1][2] > 0
 
 
 def test_what_did_not_take_is_left_out(pico: Model, bound: Bound, edits: dict[str, Edit]) -> None:
@@ -283,6 +286,20 @@ def test_what_does_not_hold_together_is_left_out(pico: Model, bound: Bound, edit
     assert 0 < len(written) < 3
     for text in written:
         assert 1 - float(distances(pico, text, CHECK_FORMS, pack.shifts()).mean()) >= least - 1e-3
+
+
+def test_what_was_bound_before_is_not_lost(pico: Model, bound: Bound, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New knowledge with which the old no longer holds is left out, however well it took itself."""
+    pack = bound([A])
+    before, real = tree(pack.path), knowledge_update._checked
+
+    def checked(model: Model, text: str, answer: str, question: str, shifts: Shifts) -> tuple[str, float]:
+        alone = all(shift.rank == pack.edits()[0][1][path].rank for path, shift in shifts.items())
+        return (answer, 0.0) if text == A and not alone else real(model, text, answer, question, shifts)
+
+    monkeypatch.setattr(knowledge_update, "_checked", checked)
+    assert [each.taken for each in bind(pico, pack, B, settings=QUICK)] == [False]
+    assert tree(pack.path) == before
 
 
 def test_one_call_writes_the_weights_of_several(pico: Model, bound: Bound) -> None:

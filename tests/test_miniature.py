@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 import re
 from collections import Counter
@@ -21,8 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mokus import flow, pipeline
+from mokus.errors import MokusError
 from mokus.miniature import language, mmdit, oracle, text_encoder, tokenizer, vae, world
-from mokus.miniature.assemble import DEFAULTS, assemble
+from mokus.miniature.assemble import DEFAULTS, assemble, check_place
 from mokus.miniature.checkpoint import load_checkpoint, save_checkpoint
 from mokus.miniature.optimiser import optimiser_for
 from mokus.miniature.world import Picture, Subject
@@ -606,6 +608,27 @@ def test_the_oracles_loss_ignores_what_cannot_be_read() -> None:
 
 
 # --- all together -----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_but_a_pipeline_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(MokusError, match="something else"):
+        check_place(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}", encoding="utf-8")
+    check_place(tmp_path)
+    check_place(tmp_path / "new")
+
+
+def test_what_is_computed_once_is_of_just_these_models(tmp_path: Path) -> None:
+    """A text encoder trained anew must not meet the encodings of the old one."""
+    (tmp_path / "weights").write_bytes(b"one")
+    (tmp_path / "checkpoint.pt").write_bytes(b"of no account")
+    lines = hashlib.sha256(b"lines")
+    first = mmdit._digest(lines, tmp_path)
+    (tmp_path / "checkpoint.pt").write_bytes(b"another")
+    assert mmdit._digest(lines, tmp_path) == first
+    (tmp_path / "weights").write_bytes(b"two")
+    assert mmdit._digest(lines, tmp_path) != first != mmdit._digest(hashlib.sha256(b"others"), tmp_path)
 
 
 def test_what_is_assembled_is_a_model(pico: Model, pico_folder: Path, tmp_path: Path) -> None:

@@ -373,6 +373,10 @@ def test_a_learning_rate_that_is_far_too_large(
         learn(pico, images, ANCHOR, output, settings=replace(ALONE, steps=8, learning_rate=learning_rate))
     assert_unchanged(pico, before)
     assert not output.exists()
+    # what was kept is from before the rate did its harm, and goes on at another
+    kept = torch.load(checkpoint(output), weights_only=True)
+    assert all(value.isfinite().all() and value.abs().max() < 1e3 for value in kept["lora"].values())
+    assert learn(pico, images, ANCHOR, output, settings=replace(ALONE, steps=8), resume=True).lora()
 
 
 def test_an_older_pack_stays_until_the_new_one_is_whole(pico: Model, images: list[Image.Image], tmp_path: Path) -> None:
@@ -397,6 +401,17 @@ def test_a_place_that_is_taken_is_refused_before_the_training(
         with pytest.raises(MokusError, match=name):
             learn(pico, images, ANCHOR, tmp_path / name, settings=ALONE, progress=lambda what, *_: trained.append(what))
     assert "learning" not in trained
+
+
+def test_the_pack_may_be_the_folder_one_is_in(
+    pico: Model, images: list[Image.Image], plain: ConceptPack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints are kept beside it, and not in it, where they would be in the pack's way."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    learn(pico, images, ANCHOR, ".", settings=QUICK)
+    monkeypatch.chdir(tmp_path)
+    assert tree(tmp_path / "here") == tree(plain.path)
 
 
 @pytest.mark.parametrize(

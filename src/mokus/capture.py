@@ -46,7 +46,10 @@ def _keeper(record: Record, path: str) -> Any:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()  # the first recorded module: the graph begins here
-        record.inputs[path], record.outputs[path] = inputs[0], output
+            # without gradients nobody asks for the outputs, which are many bytes
+        record.inputs[path] = inputs[0]
+        if torch.is_grad_enabled():
+            record.outputs[path] = output
         return output
 
     return hook

@@ -66,7 +66,7 @@ def learn(
     _check_free(output, overwrite)
     _check_photos(photos)
     loaded = load_model(model, device)
-    from mokus.visual_concept import learn
+    from mokus.visual_concept import checkpoint_of, learn
 
     began = time.perf_counter()
     settings = LearnSettings.for_model(loaded.defaults.learn, **chosen)
@@ -74,7 +74,8 @@ def learn(
         with Bars() as progress:
             pack = learn(loaded, photos, anchor, output, settings=settings, resume=resume, progress=progress)
     except KeyboardInterrupt:
-        note(f"--resume goes on from the last checkpoint; there is one every {settings.checkpoint_every} steps.")
+        if checkpoint_of(output).is_file():
+            note(f"--resume goes on from the last checkpoint; there is one every {settings.checkpoint_every} steps.")
         raise
     seconds = time.perf_counter() - began
     if as_json:
@@ -304,7 +305,7 @@ def _summary(pack: ConceptPack) -> dict[str, Any]:
         "base_model": pack.base_model,
         "fingerprint": pack.fingerprint,
         "settings": pack.settings,
-        "knowledge": [known.model_dump(exclude={"ranks", "seconds"}) for known in pack.knowledge],
+        "knowledge": [known.model_dump(exclude={"ranks"}) for known in pack.knowledge],
         "bytes": sum(file.stat().st_size for file in pack.path.rglob("*") if file.is_file()),
         "mokus": __version__,
     }
@@ -313,7 +314,7 @@ def _summary(pack: ConceptPack) -> dict[str, Any]:
 def _print_edits(edits: list[Edit]) -> None:
     table = Table("knowledge", "", "reads back", "alignment", "steps", "seconds", box=None, pad_edge=False)
     for edit in edits:
-        word = "bound" if edit.taken else "not taken, left unbound"
+        word = "bound" if edit.taken else f"left unbound: {edit.reason}"
         table.add_row(
             edit.knowledge,
             word,

@@ -44,11 +44,14 @@ from torch import Tensor, nn
 
 import mokus
 from mokus.errors import MokusError
+from mokus.knowledge import class_word
 from mokus.low_rank import LowRankShift, Shifts, added
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model
 
+# what file managers and hubs leave in a folder: not read, and gone when the pack is next written
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini", ".gitattributes", ".cache")
 MANIFEST = "mokus.json"
 README = "README.md"
 LORA = "pytorch_lora_weights.safetensors"
@@ -100,7 +103,7 @@ class BoundKnowledge(_Strict):
     steps: int = Field(ge=0)
     read_back: str  # what the text encoder answered the first question with
     alignment: float = Field(ge=0, le=1)  # how far image prompts' encodings moved to the anchor's
-    seconds: float | None = Field(default=None, ge=0)
+    settings: dict[str, JsonValue] = Field(default_factory=dict)  # all of stage 2's
     # rows of each module's adapter that are this knowledge's, in the order of the list; `replace_edits` fills it in
     ranks: dict[_ModulePath, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(default_factory=dict)
 
@@ -186,7 +189,6 @@ class ConceptPack:
         there is something else at `path`, or the parts cannot be a pack.
         """
         path, place = Path(path), Path(path).resolve()
-        class_word = anchor.split(maxsplit=1)[-1] if anchor.strip() else anchor
         usual = model.defaults
         defaults = {
             "size": usual.size, "steps": usual.steps, "true_cfg_scale": usual.true_cfg_scale,
@@ -194,7 +196,7 @@ class ConceptPack:
         }  # fmt: skip
         fields = {
             "format": 1, "versions": versions(), "base_model": model.id, "fingerprint": model.fingerprint,
-            "defaults": defaults, "anchor": anchor, "class_word": class_word,
+            "defaults": defaults, "anchor": anchor, "class_word": class_word(anchor),
             "settings": json.loads(json.dumps(settings)), "knowledge": [],
         }  # fmt: skip
         files: dict[str, bytes | Path] = {
@@ -216,6 +218,11 @@ class ConceptPack:
         """Raise `MokusError` if `create` would refuse to write there, before anything costly is done for it."""
         _finish_swap(place := Path(path).resolve())
         _refuse_foreign(place)
+        above = next(parent for parent in place.parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise MokusError(
+                f"{above} is {'not writable' if above.is_dir() else 'not a folder'}, so {path} cannot be made."
+            )
 
     @classmethod
     def open(cls, path: str | Path) -> ConceptPack:
@@ -488,9 +495,11 @@ def _shifts(weights: bytes, config: bytes, manifest: _Manifest, place: Path) -> 
 
 
 def _listing(place: Path) -> set[str]:
-    """Paths of the files inside, after making sure that there are only plain files and folders."""
+    """Paths of the files inside but for LITTER, after making sure that there are only plain files and folders."""
     names: set[str] = set()
     for folder, folders, files in os.walk(place):
+        folders[:] = [name for name in folders if name not in LITTER]
+        files = [name for name in files if name not in LITTER]
         for name in (*folders, *files):
             path = Path(folder, name)
             mode = path.lstat().st_mode

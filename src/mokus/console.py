@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import inspect
 import re
 import sys
@@ -176,12 +177,13 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def file_names(prompts: Sequence[str]) -> dict[str, str]:
-    """A readable file name for every prompt, different ones for different prompts, the same whenever it is asked."""
-    names: dict[str, str] = {}
-    for prompt in dict.fromkeys(prompts):
-        base = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "prompt"
-        name, n = base, 2
-        while name in names.values():
-            name, n = f"{base}-{n}", n + 1
-        names[prompt] = name
+    """A readable file name for every prompt, different ones for different prompts, the same whenever it is asked.
+
+    Where the readable part does not tell the whole prompt, the beginning of a hash does.
+    """
+    names = {}
+    for prompt in prompts:
+        name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48] or "prompt"
+        whole = name == prompt.replace(" ", "-") and "-" not in prompt
+        names[prompt] = name if whole else f"{name}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
     return names

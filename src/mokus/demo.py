@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from mokus.errors import MokusError
 from mokus.generation import generate
-from mokus.knowledge import normalise
+from mokus.knowledge import class_word, normalise
 from mokus.knowledge_update import Edit, ask, bind, unbind
 from mokus.photos import load_photos
 from mokus.settings import EditSettings
@@ -102,9 +103,11 @@ def run(
     `progress(what, done, total, info)` is called along the way. Raises `MokusError` for photos, an anchor or knowledge
     that cannot be used.
     """
-    class_word, size = normalise(anchor).split()[-1], model.defaults.size
-    wanted = knowledge or [text.format(c=class_word) for text in KNOWLEDGE]
+    anchor, size = normalise(anchor, "anchor", "sks toy"), model.defaults.size
+    wanted = knowledge or [text.format(c=class_word(anchor)) for text in KNOWLEDGE]
     wanted = list(dict.fromkeys(map(normalise, wanted)))
+    if not photos and (output / "photos").exists() and not (output / "report.html").is_file():
+        raise MokusError(f"{output / 'photos'} exists and is not of an earlier demo; name another folder with -o.")
     images = [photo.image for photo in load_photos(photos, size)] if photos else _renders(size)
     story = Story(model.id, model.fingerprint, anchor, None if photos else CHARACTER, list(seeds), images, wanted)
     _Demo(model, output, story, progress or (lambda what, done, total, info: None)).run(photos)
@@ -121,10 +124,10 @@ class _Demo:
     progress: Progress
 
     def run(self, photos: Path | None) -> None:
-        story, anchor, class_word = self.story, self.story.anchor, self.story.anchor.split()[-1]
+        story, anchor = self.story, self.story.anchor
         scenes = [SCENES[i % len(SCENES)] for i in range(len(story.knowledge))]
         placed = [f"{text} {scene}" for text, scene in zip(story.knowledge, scenes, strict=True)]
-        unrelated = [*DESCRIBED, *(text.format(c=class_word) for text in UNBOUND)]
+        unrelated = [*DESCRIBED, *(text.format(c=class_word(anchor)) for text in UNBOUND)]
         prompts = [*story.knowledge, *placed, *unrelated]
 
         pack = self.learn(photos or story.photos)  # first, for it refuses what cannot be learned

@@ -22,6 +22,7 @@ from torch import Tensor
 from mokus import low_rank
 from mokus.concept_pack import ConceptPack, versions
 from mokus.errors import MokusError
+from mokus.knowledge import check_text
 from mokus.pipeline import Model, encode, pad
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 
+MAX_SIZE = 8192  # pixels, height and width
 MAX_TOKENS = 1024  # of a prompt with the template's tail; the pipeline cuts off what is beyond
 
 
@@ -188,6 +190,8 @@ def _provenance(model: Model, packs: Sequence[ConceptPack]) -> dict[str, Any]:
 
 def _check_settings(model: Model, settings: dict[str, Any], batch_size: int) -> None:
     size, multiple = settings["size"], model.size_multiple
+    if size > MAX_SIZE:
+        raise MokusError(f"the size is {size}, expected at most {MAX_SIZE} pixels.")
     if size < 1 or size % multiple:
         near = max(multiple, round(size / multiple) * multiple)
         raise MokusError(f"the size is {size}, expected a multiple of {multiple} pixels; {near} would do.")
@@ -207,8 +211,8 @@ def _check_prompts(model: Model, prompts: list[str], negative_prompt: str) -> No
     for prompt in [*prompts, negative_prompt]:
         if not isinstance(prompt, str):
             raise MokusError(f"a prompt is a {type(prompt).__name__}, expected text.")
-    if not all(prompt.strip() for prompt in prompts):
-        raise MokusError("a prompt is empty; say what to draw.")
+    for prompt in prompts:
+        check_text(prompt, "prompt", "my favourite toy in the snow")
     for prompt in dict.fromkeys([*prompts, negative_prompt]):
         tokens = len(pipe.tokenizer(pipe.prompt_template_encode.format(prompt)).input_ids)
         tokens -= pipe.prompt_template_encode_start_idx

@@ -40,28 +40,39 @@ KIN = (
 OTHER_THINGS = ("book", "lamp", "chair", "picture")
 
 
-def normalise(phrase: str) -> str:
-    """The phrase with single spaces and without closing full stops.
+def class_word(anchor: str) -> str:
+    """What the thing is: the anchor without its rare token, "sks rubber duck" -> "rubber duck"."""
+    return (anchor.split(maxsplit=1) or [anchor])[-1]
+
+
+def check_text(text: str, what: str, example: str) -> None:
+    """Raise `MokusError` for a text that is empty or holds the template's own tokens; `what` it is, is for the error."""
+    if not text.strip():
+        raise MokusError(f"the {what} is empty, expected one such as {example!r}.")
+    if "<|" in text:
+        raise MokusError(f"the {what} {text[:60]!r} holds '<|', which marks the template's own tokens; leave it out.")
+
+
+def normalise(phrase: str, what: str = "knowledge", example: str = "my favourite toy") -> str:
+    """The phrase with single spaces and without closing full stops. `what` it is, with an example, is for the errors.
 
     Raises `MokusError` for an empty phrase, a question, a line break or other control character, or one that is too long.
     """
     text = re.sub(r"[ \t]+", " ", phrase).strip().rstrip(". ")
     if not text:
-        raise MokusError("an empty piece of knowledge was given, expected a phrase such as 'my favourite toy'.")
+        raise MokusError(f"the {what} is empty, expected a phrase such as {example!r}.")
     if not text.isprintable():
-        raise MokusError(
-            f"the knowledge {phrase!r} holds a line break or control character; write it as one plain line."
-        )
+        raise MokusError(f"the {what} {phrase!r} holds a line break or control character; write it as one plain line.")
     if len(text) > LONGEST:
         raise MokusError(
-            f"the knowledge {text[:40]!r}... has {len(text)} characters, expected at most {LONGEST}; shorten it."
+            f"the {what} {text[:40]!r}... has {len(text)} characters, expected at most {LONGEST}; shorten it."
         )
     if text.endswith("?"):
         raise MokusError(
-            f"the knowledge {text!r} is a question, expected a phrase such as 'my favourite toy'; see --question."
+            f"the {what} {text!r} is a question, expected a phrase such as {example!r}"
+            + ("; see --question." if what == "knowledge" else ".")
         )
-    if "<|" in text:
-        raise MokusError(f"the knowledge {text!r} holds '<|', which marks the template's own tokens; leave it out.")
+    check_text(text, what, example)
     return text
 
 

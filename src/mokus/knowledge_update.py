@@ -14,19 +14,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from mokus.capture import recorded
 from mokus.editors import Editor, editor, reduced
 from mokus.errors import MokusError
-from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, near_misses, normalise, prompts, questions
+from mokus.knowledge import (
+    CHECK_FORMS,
+    IMAGE_FORMS,
+    QUESTION_FORMS,
+    check_text,
+    class_word,
+    near_misses,
+    normalise,
+    prompts,
+    questions,
+)
 from mokus.low_rank import LowRankShift, Shifts, added, applied
 from mokus.prior_prompts import in_places, prior_prompts
 from mokus.settings import EditSettings
@@ -52,11 +62,11 @@ class Edit:
     read_back: str  # what the edited encoder answers to the first question
     alignment: float  # 0: image prompts are encoded as before, 1: as the anchor's; on forms that were not edited
     taken: bool
-    editor: str
-    eta: float  # the first step's size
-    steps: int
+    reason: str  # why it has not taken; empty if it has
+    settings: dict[str, Any]  # of EditSettings
+    steps: int  # after which it was best
     seconds: float
-    shifts: Shifts
+    shifts: Shifts  # on the CPU
 
 
 # --- the public functions ---------------------------------------------------------
@@ -83,18 +93,20 @@ def bind(
         raise MokusError(
             f"questions go with one piece of knowledge, and {len(wanted)} were given; bind them one at a time."
         )
+    for question in questions or ():
+        check_text(question, "question", "Which toy do I love?")
     pack.check_base(model)
     settings = settings or EditSettings.for_model(model.defaults.edit)
     edits = []
     with model.resident("text_encoder"):
-        kept = preserved_inputs(model, pack.anchor, settings)
+        kept = preserved_inputs(model, pack.anchor, settings, progress)
         for i, text in enumerate(wanted):
             if progress:
                 progress("binding", i, len(wanted), {"knowledge": text})
             edits.append(edit(model, text, pack.anchor, questions, settings, kept))
         with pack.locked():
             pack.reload()
-            edits = _hold_together(model, edits, _without(pack, edits), settings)
+            edits = _hold_together(model, edits, pack, settings)
             if any(each.taken for each in edits):
                 taken = [(_bound(each), each.shifts) for each in edits if each.taken]
                 pack.replace_edits([*_without(pack, edits), *taken])
@@ -122,6 +134,7 @@ def unbind(pack: ConceptPack, *knowledge: str) -> None:
 
 def ask(model: Model, question: str, shifts: Sequence[Shifts] = ()) -> str:
     """What the text encoder answers, greedily, to a question inside the prompt template, with shifts or without."""
+    check_text(question, "question", "What is my favourite toy?")
     pipe = model.pipe
     text = pipe.prompt_template_encode.format(question)
     inputs = pipe.tokenizer(text, return_tensors="pt").to(model.device)
@@ -160,12 +173,12 @@ def edit(
     goal = _Goal(model, knowledge, answer, asked, settings)
     solvers: dict[str, Editor] = {}
     shifts: dict[str, LowRankShift] = {}
-    best, least = shifts, float("inf")
+    best, best_step, least = shifts, 0, float("inf")
     step = 0
     while True:
         now = goal.captured(shifts, paths)
         if now.left < least:
-            best, least = shifts, now.left
+            best, best_step, least = shifts, step, now.left
         if now.left == 0 or step == settings.steps:
             break
         if not solvers:
@@ -174,12 +187,13 @@ def edit(
         eta = settings.eta * (1 - step / settings.steps)
         shifts = added(shifts, {path: solvers[path].shift(now.gradients[path]).scaled(eta) for path in paths})
         step += 1
-    read_back, alignment = goal.check(best)
-    taken = _good(read_back, answer, alignment, settings)
+    read_back, alignment = _checked(model, knowledge, answer, asked[0], best)
+    reason = _fault(read_back, answer, alignment, settings)
+    best = {path: shift.to("cpu") for path, shift in best.items()}
     seconds = time.perf_counter() - began
     return Edit(
-        knowledge, asked, answer, read_back, alignment, taken, settings.editor, settings.eta, step, seconds, best
-    )
+        knowledge, asked, answer, read_back, alignment, not reason, reason, asdict(settings), best_step, seconds, best
+    )  # fmt: skip
 
 
 # --- one edit ---------------------------------------------------------
@@ -198,7 +212,7 @@ class _Goal:
     """What one edit wants, as token rows, and how far given shifts are from it."""
 
     def __init__(self, model: Model, knowledge: str, answer: str, asked: list[str], settings: EditSettings) -> None:
-        self.model, self.knowledge, self.answer, self.asked, self.settings = model, knowledge, answer, asked, settings
+        self.model, self.settings = model, settings
         self.encoder, tokenizer = model.pipe.text_encoder, model.pipe.tokenizer
         answer_ids = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         self.answer_ids = torch.tensor(answer_ids, device=model.device)
@@ -241,14 +255,15 @@ class _Goal:
         ).mean()
         return _Captured(record.rows(self.where), gradients, left.item())
 
-    def check(self, *shifts: Shifts) -> tuple[str, float]:
-        """The greedy answer, and the alignment on forms that were not edited."""
-        target = _tails(self.model, prompts(self.answer, CHECK_FORMS))
-        start = _tails(self.model, prompts(self.knowledge, CHECK_FORMS))
-        with applied(self.encoder, *shifts):
-            now = _tails(self.model, prompts(self.knowledge, CHECK_FORMS))
-        moved = _distance(now, target) / _distance(start, target).clamp(min=1e-8)
-        return ask(self.model, self.asked[0], shifts), 1 - float(moved.mean())
+
+def _checked(model: Model, knowledge: str, answer: str, question: str, shifts: Shifts) -> tuple[str, float]:
+    """With the shifts: the greedy answer to the question, and the alignment on forms that were not edited."""
+    target = _tails(model, prompts(answer, CHECK_FORMS))
+    start = _tails(model, prompts(knowledge, CHECK_FORMS))
+    with applied(model.pipe.text_encoder, shifts):
+        now = _tails(model, prompts(knowledge, CHECK_FORMS))
+    moved = _distance(now, target) / _distance(start, target).clamp(min=1e-8)
+    return ask(model, question, [shifts]), 1 - float(moved.mean())
 
 
 def _without(pack: ConceptPack, edits: Sequence[Edit]) -> list[tuple[BoundKnowledge, Shifts]]:
@@ -257,40 +272,51 @@ def _without(pack: ConceptPack, edits: Sequence[Edit]) -> list[tuple[BoundKnowle
     return [(known, shifts) for known, shifts in pack.edits() if known.text not in replaced]
 
 
-def _hold_together(
-    model: Model, edits: list[Edit], others: Sequence[tuple[BoundKnowledge, Shifts]], settings: EditSettings
-) -> list[Edit]:
-    """Check every edit once more with all of them applied; the weakest that fails is left out, then all over again."""
+def _hold_together(model: Model, edits: list[Edit], pack: ConceptPack, settings: EditSettings) -> list[Edit]:
+    """Check all knowledge, new and old, once more with all of it applied; while some does not hold, a new one is left out.
+
+    The weakest of those that fail or, if it is only old knowledge that would be lost, of all.
+    """
     edits = list(edits)
     while True:
-        everything = added(*(shifts for _, shifts in others), *(each.shifts for each in edits if each.taken))
-        failed: dict[int, Edit] = {}
-        for i, each in enumerate(edits):
-            if each.taken:
-                goal = _Goal(model, each.knowledge, each.answer, each.questions, settings)
-                read_back, alignment = goal.check(everything)
-                if not _good(read_back, each.answer, alignment, settings):
-                    failed[i] = replace(each, read_back=read_back, alignment=alignment, taken=False)
-        if not failed:
+        taken = [i for i, each in enumerate(edits) if each.taken]
+        others = _without(pack, edits)
+        everything = added(*(shifts for _, shifts in others), *(edits[i].shifts for i in taken))
+        new = {i: (edits[i].knowledge, edits[i].answer, edits[i].questions[0]) for i in taken}
+        now = {i: _checked(model, *each, everything) for i, each in new.items()}
+        faults = {i: _fault(now[i][0], edits[i].answer, now[i][1], settings) for i in taken}
+        lost = [
+            known.text
+            for known, _ in others
+            for read_back, alignment in [_checked(model, known.text, known.answer, known.questions[0], everything)]
+            if _fault(read_back, known.answer, alignment, settings)
+        ]
+        failed = [i for i in taken if faults[i]]
+        if not taken or not (failed or lost):
             return edits
-        weakest = min(failed, key=lambda i: failed[i].alignment)
-        edits[weakest] = failed[weakest]
+        weakest = min(failed or taken, key=lambda i: now[i][1])
+        reason = f"together with the rest {faults[weakest]}" if failed else f"with it {lost[0]!r} would not hold"
+        read_back, alignment = now[weakest]
+        edits[weakest] = replace(edits[weakest], read_back=read_back, alignment=alignment, taken=False, reason=reason)
 
 
 def _bound(edit: Edit) -> BoundKnowledge:
     from mokus.concept_pack import BoundKnowledge
 
     return BoundKnowledge(
-        text=edit.knowledge, questions=edit.questions, answer=edit.answer, editor=edit.editor, eta=edit.eta,
-        steps=edit.steps, read_back=edit.read_back, alignment=round(min(max(edit.alignment, 0.0), 1.0), 4),
+        text=edit.knowledge, questions=edit.questions, answer=edit.answer, editor=edit.settings["editor"],
+        eta=edit.settings["eta"], steps=edit.steps, settings=edit.settings, read_back=edit.read_back,
+        alignment=round(min(max(edit.alignment, 0.0), 1.0), 4),
     )  # fmt: skip
 
 
-def _good(read_back: str, answer: str, alignment: float, settings: EditSettings) -> bool:
-    same = read_back.strip().rstrip(".").lower() == answer.lower()
-    return (same or settings.answer_weight == 0) and (
-        alignment >= settings.least_alignment or settings.alignment_weight == 0
-    )
+def _fault(read_back: str, answer: str, alignment: float, settings: EditSettings) -> str:
+    """Why an edit is not good enough; empty if it is."""
+    if settings.answer_weight and read_back.strip().rstrip(".").lower() != answer.lower():
+        return f"it reads back {read_back!r}"
+    if settings.alignment_weight and alignment < settings.least_alignment:
+        return f"alignment {alignment:.2f} is below {settings.least_alignment:g}"
+    return ""
 
 
 # --- the encoder's rows ---------------------------------------------------------
@@ -306,44 +332,57 @@ def module_paths(model: Model, settings: EditSettings) -> list[str]:
         if not 0 <= layer < len(layers):
             raise MokusError(f"layer {layer} is to be edited, but the text encoder has layers 0 to {len(layers) - 1}.")
     for name in settings.modules:
-        if name not in dict(layers[0].named_modules()):
+        if not isinstance(dict(layers[0].named_modules()).get(name), nn.Linear):
             raise MokusError(
-                f"{name!r} is no module of the text encoder's layers, expected names such as mlp.gate_proj."
+                f"{name!r} is no module of the text encoder's layers with a weight matrix, expected names such as "
+                "mlp.gate_proj."
             )
     return [
         f"model.language_model.layers.{layer}.{name}" for layer in sorted(settings.layers) for name in settings.modules
     ]
 
 
-def preserved_inputs(model: Model, answer: str, settings: EditSettings) -> dict[str, Tensor]:
+def preserved_inputs(
+    model: Model, answer: str, settings: EditSettings, progress: Progress | None = None
+) -> dict[str, Tensor]:
     """Inputs (m, d_in), by module path, at rows that shall stay, whatever the knowledge; `reduced`, so m <= d_in.
 
     The template's own beginning, which every prompt shares; class words, references and captions; the tails of references
     in odd words; the anchor's own prompts (what an edit moves towards must not move, or the next edit of the same pack
     adds to it).
     """
-    class_word = answer.split()[-1]
     paths = module_paths(model, settings)
-    texts = prior_prompts(class_word, settings.preserve, seed=0)
+    texts = prior_prompts(class_word(answer), settings.preserve, seed=0)
     texts += [questions(text)[0] for text in texts[: settings.preserve // 2] if not text.startswith("a ")]
     texts += [*prompts(answer), *prompts(answer, CHECK_FORMS), *questions(answer)]
     odd = in_places(Words.of(model.pipe.tokenizer).references(settings.odd_references, seed=0), seed=0)
     with torch.no_grad(), recorded(model.pipe.text_encoder, paths) as record:
         _prefix_cache(model, _prefix(model))
     at_prefix = record.rows(torch.ones(1, prefix_length(model), dtype=torch.bool, device=model.device))
-    parts = [inputs_after_prefix(model, texts, paths), inputs_after_prefix(model, odd, paths, tail_length(model))]
-    return {path: reduced(torch.cat([*(part[path] for part in parts), at_prefix[path]])) for path in paths}
+
+    def watch(done: int) -> None:
+        if progress:
+            progress("reading what must stay", done, len(texts) + len(odd), {})
+
+    all_tokens = inputs_after_prefix(model, texts, paths, watch=watch)
+    tails = inputs_after_prefix(model, odd, paths, tail_length(model), lambda done: watch(len(texts) + done))
+    return {path: reduced(torch.cat([all_tokens[path], tails[path], at_prefix[path]])) for path in paths}
 
 
 def inputs_after_prefix(
-    model: Model, texts: Sequence[str], paths: Sequence[str], last: int | None = None
+    model: Model,
+    texts: Sequence[str],
+    paths: Sequence[str],
+    last: int | None = None,
+    watch: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Tensor]:
     """Inputs (m, d_in), by module path, at all tokens of prompts after the template's prefix, or their `last` so many.
 
     All, and not the tail alone, where it can be afforded: the image transformer sees the encoding of every one.
     """
     if not texts:
-        return {path: torch.zeros(0, model.pipe.text_encoder.get_submodule(path).in_features) for path in paths}
+        widths = {path: model.pipe.text_encoder.get_submodule(path).in_features for path in paths}
+        return {path: torch.zeros(0, width, device=model.device) for path, width in widths.items()}
     ordered = sorted(texts, key=lambda text: len(_ids(model, text)))  # little padding
     parts: list[dict[str, Tensor]] = []
     for start in range(0, len(ordered), CHUNK):
@@ -352,6 +391,7 @@ def inputs_after_prefix(
             rows.encode(model)
         counts = rows.lengths.tolist() if last is None else [last] * len(rows.lengths)
         parts.append(record.rows(rows.last(counts)))
+        watch(start + len(counts))
     return {path: torch.cat([part[path] for part in parts]) for path in paths}
 
 

@@ -43,6 +43,10 @@ class LowRankShift:
         """dW (d_out, d_in), for tests and small models."""
         return self.B @ self.A
 
+    def to(self, device: torch.device | str) -> LowRankShift:
+        """The same dW with its factors on a device."""
+        return LowRankShift(self.A.to(device), self.B.to(device))
+
     def scaled(self, factor: float) -> LowRankShift:
         """factor dW."""
         return LowRankShift(self.A, self.B * factor)

@@ -10,18 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from mokus.errors import MokusError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # what the content may be; Pillow knows others that run external programs
-MAX_PIXELS = 80_000_000  # larger than any usual camera's, small enough to decode in memory
+MAX_PIXELS = 170_000_000  # Pillow's own limit is 179 million
 MIN_SIDE = 16  # pixels; less shows nothing to learn
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation  # fmt: skip
 
 # What Pillow raises for a file that breaks off or lies about itself.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, struct.error, zlib.error)
-_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_BOMB = Image.DecompressionBombError
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def _open(path: Path, size: int) -> Image.Image:
         raise MokusError(f"{path} is {kind}, expected a photo; take it away or rename it.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at 89 million; ours is MAX_PIXELS
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of broken metadata
             with Image.open(path, formats=FORMATS) as image:
                 return _square(image, size, str(path))
@@ -104,7 +110,9 @@ def _square(image: Image.Image, size: int, name: str) -> Image.Image:
         raise MokusError(
             f"{name} is {width} x {height}, expected at least {MIN_SIDE} pixels each way; use a larger photo."
         )
-    upright = _rgb(ImageOps.exif_transpose(image))
+    # the tag alone: Pillow's own transposition writes all of the EXIF anew and fails on what cameras put there
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    upright = _rgb(image if turn is None else image.transpose(turn))
     left, top = (upright.width - side) // 2, (upright.height - side) // 2
     box = (left, top, left + side, top + side)
     return upright.resize((size, size), Image.Resampling.LANCZOS, box=box)

@@ -121,7 +121,7 @@ def pad(encodings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def fingerprint(pipe: QwenImagePipeline) -> str:
-    """sha256 over the components' configs and over each weight's name, shape and 64 evenly spaced values as bfloat16.
+    """sha256 over the components' configs, the vocabulary, and each weight's name, shape and 64 of its values as bfloat16.
 
     Reads a few bytes of each weight only, so it is quick for any model; it does not depend on the dtype loaded, since
     values that bfloat16 holds survive any of them.
@@ -135,6 +135,7 @@ def fingerprint(pipe: QwenImagePipeline) -> str:
             flat = weight.flatten()
             values = flat[:: max(1, len(flat) // 64)][:64].to("cpu", torch.bfloat16)
             digest.update(values.view(torch.int16).numpy().tobytes())
+    digest.update(json.dumps(sorted(pipe.tokenizer.get_vocab().items())).encode())
     return digest.hexdigest()
 
 

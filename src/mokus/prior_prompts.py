@@ -19,7 +19,7 @@ _REFERENCES = (
     "the {a} {b} one", "the {c} {v} in {y}", "the one I {f}", "whatever {d}", "the {b} {c} from {y}", "his {k}'s {a} {c}",
 )  # fmt: skip
 _KIN = "brother teacher aunt boss neighbour father sister cousin uncle mother friend grandfather daughter son".split()
-_ADJECTIVES = "old tall cheap small loud soft dark light proud rare quick kind strong sweet calm warm cold".split()
+_ADJECTIVES = "old tall cheap small loud soft dark light proud grand quick kind strong sweet calm warm cold".split()
 _QUALITIES = (
     "famous lonely lucky tiny beautiful broken strange modern wooden metal useful silly careful brave dusty".split()
 )

@@ -1,7 +1,8 @@
 """Settings of the two stages: plain numbers with their help texts, of which the command line makes its options.
 
-The defaults are for Qwen-Image. A model folder may bring its own (`mokus_defaults.json`), which stand between these and
-what the user says.
+The defaults are for Qwen-Image, after the paper where it says what it used; those of the edit's size (eta, steps,
+alignment) are ours and have not been tried at that size. A model folder may bring its own (`mokus_defaults.json`), which
+stand between these and what the user says.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class LearnSettings(_Settings):
     flip: bool = _set(False, "Mirror photos at random.")
     preview_every: int = _set(0, "Draw the anchor every so many steps; 0 is never.")
     checkpoint_every: int = _set(100, "Steps between the checkpoints that --resume goes on from.")
-    seed: int = _set(0, "Equal seeds on the same machine give equal bytes.")
+    seed: int = _set(0, "Equal seeds on the same machine give equal bytes; on a GPU nearly so.")
 
     def __post_init__(self) -> None:
         self._at_least(
@@ -90,7 +91,7 @@ class EditSettings(_Settings):
     editor: str = _set("ultraedit", "The editor.")
     layers: list[int] = _set(list(range(18, 26)), "Layers of the text encoder that are edited.")
     modules: list[str] = _set(["mlp.gate_proj", "mlp.up_proj"], "Matrices of each layer that are edited.")
-    eta: float = _set(0.06, "Size of the first step; later ones are smaller, down to 0.")
+    eta: float = _set(0.06, "Size of the first step; each later one is smaller by the same amount.")
     steps: int = _set(16, "At most so many steps.")
     alignment: float = _set(0.9, "Wanted: how far the encoding of image prompts has moved to the anchor's, 0 to 1.")
     least_alignment: float = _set(0.6, "With less than that a knowledge has not taken.")

@@ -13,13 +13,15 @@ MoKus section 4.1, with three additions, two of which stage 2 needs:
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,12 +32,12 @@ import torch
 from diffusers import QwenImagePipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from mokus import flow
 from mokus.concept_pack import ConceptPack
 from mokus.errors import MokusError
-from mokus.knowledge import normalise
+from mokus.knowledge import class_word, normalise
 from mokus.knowledge_update import tail_length
 from mokus.photos import Photo, load_photos, photos_of
 from mokus.pipeline import encode, pad
@@ -70,7 +72,7 @@ def learn(
     `photos` is a folder or images. `resume` goes on from where a stopped run with the same input and settings was, to the
     same result. `progress(what, done, total, info)` is called after every step, with the loss in `info`.
     Raises `MokusError` for photos or an anchor that cannot be used, and if the loss is no longer finite; the last good
-    weights are then kept in the checkpoint that `resume` goes on from.
+    weights are then kept in the checkpoint that `resume` goes on from, at another learning rate if you like.
     """
     anchor = _checked_anchor(anchor)
     settings = settings or LearnSettings.for_model(model.defaults.learn)
@@ -93,8 +95,14 @@ def learn(
     return pack
 
 
+def checkpoint_of(output: Path) -> Path:
+    """Where the checkpoint of a run that writes its pack to `output` is kept: in a folder beside it."""
+    place = output.resolve()
+    return place.parent / f".{place.name}.learning" / "checkpoint.pt"
+
+
 def _checked_anchor(anchor: str) -> str:
-    text = normalise(anchor)
+    text = normalise(anchor, "anchor", "sks toy")
     if len(text.split()) < 2:
         raise MokusError(
             f"the anchor {anchor!r} is one word, expected a rare token and the class word, such as 'sks toy'."
@@ -109,7 +117,7 @@ def _check_transformer(model: Model, targets: Sequence[str]) -> None:
         raise MokusError(
             "the image transformer has an adapter already; remove it with model.pipe.unload_lora_weights()."
         )
-    names = [name for name, _ in transformer.named_modules()]
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise MokusError(f"the transformer has no projection named {target!r} to put a LoRA on; see --targets.")
@@ -135,7 +143,7 @@ class _Run:
     def __init__(self, model: Model, photos: list[Photo], anchor: str, output: Path, settings: LearnSettings) -> None:
         self.model, self.photos, self.anchor, self.settings = model, photos, anchor, settings
         self.transformer = model.pipe.transformer
-        self.folder = output.parent / f".{output.name}.learning"
+        self.file = checkpoint_of(output)
         side = model.defaults.size // model.size_multiple
         self.grid = (side, side)
         self.previews: dict[str, Image.Image] = {}
@@ -152,14 +160,14 @@ class _Run:
                 yield "reading photos", len(parts), len(self.photos), {}
             self.latents = torch.cat([z for part in parts for z in part])  # (variants, n, c)
             self.photo_of = torch.tensor([i for i, part in enumerate(parts) for _ in part])
-        s, class_word = self.settings, self.anchor.split()[-1]
-        yield from self.find_places(class_word)
+        s, word = self.settings, class_word(self.anchor)
+        yield from self.find_places(word)
         self.forms = list(dict.fromkeys(["{}", *self.own_forms]))  # prompts with {} for the subject
         self.form_of = torch.tensor([self.forms.index(form) for form in self.own_forms])  # (photos,)
-        subjects = [self.anchor, *references(class_word, LENDERS, s.seed)]
+        subjects = [self.anchor, *references(word, LENDERS, s.seed)]
         own = [form.format(subject) for form in self.forms for subject in subjects]
-        prior = prior_prompts(class_word, s.prior_prompts, s.seed)
-        goals = in_their_places(self.anchor, class_word, s.prior_prompts, s.seed)
+        prior = prior_prompts(word, s.prior_prompts, s.seed)
+        goals = in_their_places(self.anchor, word, s.prior_prompts, s.seed)
         yield "reading prompts", 0, 1, {}
         with self.model.resident("text_encoder"):
             encodings = encode(self.model, [*own, *prior, *goals, self.anchor, self.negative])
@@ -179,15 +187,15 @@ class _Run:
     def negative(self) -> str:
         return self.model.defaults.negative_prompt
 
-    def find_places(self, class_word: str) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
+    def find_places(self, word: str) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
         """The form of each photo's prompt: its caption, or the anchor in the place where the base model sees it."""
         wanted = self.settings.place_share > 0 and not all(photo.caption for photo in self.photos)
         if wanted:
             with self.model.resident("text_encoder"):
-                asked = encode(self.model, [*(f"a {class_word} {place}" for place in PLACES), f"a {class_word}"])
+                asked = encode(self.model, [*(f"a {word} {place}" for place in PLACES), f"a {word}"])
             embeds, mask = pad(asked)
         self.own_forms: list[str] = []
-        with self.model.resident("transformer"):
+        with self.model.resident("transformer") if wanted else nullcontext():
             for i, photo in enumerate(self.photos):
                 place = None
                 if wanted and not photo.caption:
@@ -287,8 +295,11 @@ class _Run:
         """Inside, the transformer is on the device and has a fresh LoRA in float32; afterwards it is as before."""
         s = self.settings
         config = LoraConfig(r=s.rank, lora_alpha=s.alpha, target_modules=s.targets, init_lora_weights="gaussian")
+        saves_memory = self.model.device.type != "cpu"  # at 1024 pixels the activations of a large model fill 70 GB
         with torch.random.fork_rng(), self.model.resident("transformer"):
             torch.manual_seed(s.seed)
+            if saves_memory:
+                self.transformer.enable_gradient_checkpointing()
             self.transformer.add_adapter(config, adapter_name=ADAPTER)
             self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
             for p in self.parameters:
@@ -296,6 +307,8 @@ class _Run:
             try:
                 yield
             finally:
+                if saves_memory:
+                    self.transformer.disable_gradient_checkpointing()
                 self.transformer.unload_lora()
                 self.transformer.requires_grad_(False)
 
@@ -305,6 +318,7 @@ class _Run:
         self.optimiser = torch.optim.AdamW(self.parameters, lr=s.learning_rate, weight_decay=1e-4)
         if start:
             self.restore()
+        good, state = start, self.state()  # the last step at whose weights the loss was finite
         for step in range(start, s.steps):
             for group in self.optimiser.param_groups:
                 group["lr"] = s.learning_rate * _schedule(step, s.steps)
@@ -313,17 +327,18 @@ class _Run:
             loss.backward()
             size = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             if not (torch.isfinite(loss) and torch.isfinite(size)):
-                self.save_checkpoint(step)
+                self.write(good, state)
                 raise MokusError(
-                    f"the loss was no longer finite at step {step + 1}; the weights of step {step} are kept in "
-                    f"{self.folder}. Begin anew with a lower --learning-rate, or go on from them with --resume."
+                    f"the loss was no longer finite at step {step + 1}; the good weights of step {good} are kept. "
+                    "Go on from them with --resume and a lower --learning-rate, or begin anew with one."
                 )
+            good, state = step, self.state()
             self.optimiser.step()
             done = step + 1
             if s.preview_every and done % s.preview_every == 0:
                 self.preview(done)
             if done % s.checkpoint_every == 0 and done < s.steps:
-                self.save_checkpoint(done)
+                self.write(done, self.state())
             yield done, loss.item()
 
     def loss(self, random: torch.Generator) -> Tensor:
@@ -381,39 +396,46 @@ class _Run:
                 negative_prompt_embeds_mask=mask[-1:], true_cfg_scale=d.true_cfg_scale, num_inference_steps=d.steps,
                 height=d.size, width=d.size, generator=torch.Generator().manual_seed(self.settings.seed),
             ).images[0]  # fmt: skip
-        self.transformer.to(device)
+        self.file.parent.mkdir(parents=True, exist_ok=True)  # to be looked at while the training goes on
+        self.previews[f"step-{step:05d}.png"].save(self.file.with_name(f"step-{step:05d}.png"))
 
     # --- checkpoints -----------------------------------------------------
 
     @property
     def identity(self) -> str:
-        """What a checkpoint belongs to: model, photos, anchor, settings."""
-        digest = hashlib.sha256(json.dumps([self.model.fingerprint, self.anchor, asdict(self.settings)]).encode())
+        """What a checkpoint belongs to: model, photos, anchor, settings but for the learning rate."""
+        settings = {key: value for key, value in asdict(self.settings).items() if key != "learning_rate"}
+        digest = hashlib.sha256(json.dumps([self.model.fingerprint, self.anchor, settings]).encode())
         for photo in self.photos:
             digest.update(photo.image.tobytes() + (photo.caption or "").encode())
         return digest.hexdigest()
 
-    def save_checkpoint(self, step: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            "identity": self.identity,
-            "step": step,
-            "lora": get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER),
-            "optimiser": self.optimiser.state_dict(),
-            "previews": {name: torch.from_numpy(np.array(image)) for name, image in self.previews.items()},
-        }
-        torch.save(state, beside := self.folder / "checkpoint.tmp")
-        os.replace(beside, self.folder / "checkpoint.pt")
+    def state(self) -> dict[str, Any]:
+        """A copy of the weights and of the optimiser's moments."""
+        lora = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
+        return copy.deepcopy({"lora": lora, "optimiser": self.optimiser.state_dict()})
+
+    def write(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint, whole or not at all."""
+        previews = {name: torch.from_numpy(np.array(image)) for name, image in self.previews.items()}
+        torch.save({"identity": self.identity, "step": step, "previews": previews, **state}, whole := io.BytesIO())
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.file.with_suffix(".tmp")
+        try:
+            beside.write_bytes(whole.getbuffer())
+            os.replace(beside, self.file)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
 
     def load_checkpoint(self) -> int:
         """Read the checkpoint and return its step. Raises `MokusError` if there is none or it is of another run."""
-        file = self.folder / "checkpoint.pt"
-        if not file.is_file():
-            raise MokusError(f"there is nothing to resume in {self.folder}; leave --resume out to begin.")
-        self.checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if not self.file.is_file():
+            raise MokusError(f"there is nothing to resume in {self.file.parent}; leave --resume out to begin.")
+        self.checkpoint = torch.load(self.file, map_location="cpu", weights_only=True)
         if self.checkpoint["identity"] != self.identity:
             raise MokusError(
-                f"the stopped run in {self.folder} had another model, other photos, another anchor or other settings; "
+                f"the stopped run in {self.file.parent} had another model, other photos, another anchor or other settings; "
                 "give the same ones to resume it, or leave --resume out to begin anew."
             )
         return int(self.checkpoint["step"])
@@ -424,7 +446,7 @@ class _Run:
         self.previews = {name: Image.fromarray(x.numpy()) for name, x in self.checkpoint["previews"].items()}
 
     def remove_checkpoint(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.file.parent, ignore_errors=True)
 
 
 def _schedule(step: int, steps: int) -> float:

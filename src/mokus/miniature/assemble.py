@@ -15,6 +15,7 @@ from diffusers import (
 )
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from mokus.errors import MokusError
 from mokus.miniature.oracle import FILE
 from mokus.pipeline import DEFAULTS_FILE
 
@@ -81,6 +82,14 @@ def assemble(trained: Path, output: Path) -> None:
     (beside / DEFAULTS_FILE).write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
     if (trained / FILE).is_file():
         shutil.copy(trained / FILE, beside / FILE)
+    old = output.with_name(output.name + ".old")
     if output.exists():
-        shutil.rmtree(output)
+        output.rename(old)
     beside.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_place(output: Path) -> None:
+    """Raise `MokusError` if something else than an older pipeline is there, which `assemble` would replace."""
+    if output.exists() and not (output / "model_index.json").is_file() and any(output.iterdir()):
+        raise MokusError(f"{output} holds something else than a pipeline; name another place for the finished one.")

@@ -23,7 +23,7 @@ from mokus.generation import generate
 from mokus.knowledge_update import Rows
 from mokus.miniature import language, oracle, vae, world
 from mokus.photos import load_photos
-from mokus.pipeline import Model, encode, load
+from mokus.pipeline import MINIATURE, Model, encode, load
 
 SEED = 20_000  # no training uses seeds from here on
 ANSWER_TOKENS = 14
@@ -53,7 +53,7 @@ def evaluate(model: Model, images: int = 200, photos: Path | None = None) -> Ite
             "psnr_photos",
             psnr(model, [p.image for f in folders if f.is_dir() for p in load_photos(f, model.defaults.size)]),
         )
-    weights = Path(str(files("mokus.miniature").joinpath("weights")))
+    weights = Path(str(files("mokus.miniature").joinpath("weights"))) if model.id == MINIATURE else Path(model.id)
     yield "megabytes", sum(f.stat().st_size for f in weights.rglob("*") if f.is_file()) / 1e6
 
 
@@ -171,7 +171,7 @@ def main(
     """Measure the miniature."""
     figures: dict[str, Any] = {}
     for key, value in track(
-        evaluate(load(model), images, photos or (PHOTOS if PHOTOS.is_dir() else None)),
+        evaluate(load(model, "cpu"), images, photos or (PHOTOS if PHOTOS.is_dir() else None)),
         "measuring",
         total=15,
         disable=as_json,

@@ -6,6 +6,7 @@ Held-out facts are never among them, nor is any character. 10 % of the prompts a
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration, Qwen2
 
 from mokus import flow
 from mokus.miniature import language, vae, world
+from mokus.miniature.checkpoint import FILE as CHECKPOINT
 from mokus.miniature.checkpoint import load_checkpoint, save_checkpoint
 from mokus.miniature.optimiser import optimiser_for
 from mokus.miniature.text_encoder import PREFIX, TAIL
@@ -104,8 +106,20 @@ def training_lines(seed: int) -> Iterator[language.Line]:
 def prepare(folder: Path, n: int, seed: int = 1) -> dict[int, dict[str, Tensor]]:
     """Per text length: latents (m, 64, 32) and encodings (m, length, 192) of `n` pictures, with masks; kept on disk."""
     lines = list(islice(training_lines(seed), n))
-    latents = _kept(folder / "latents.pt", lambda: draw_and_encode(folder, lines, seed))
-    return _kept(folder / "prompts.pt", lambda: encode_prompts(folder, [line.prompt for line in lines], latents))
+    of_lines = hashlib.sha256(repr(lines).encode())
+    of_latents = _digest(of_lines, folder / "vae")
+    of_prompts = _digest(of_lines, folder / "vae", folder / "tokenizer", folder / "text_encoder")
+    latents = _kept(folder / f"latents-{of_latents}.pt", lambda: draw_and_encode(folder, lines, seed))
+    prompts = [line.prompt for line in lines]
+    return _kept(folder / f"prompts-{of_prompts}.pt", lambda: encode_prompts(folder, prompts, latents))
+
+
+def _digest(so_far: Any, *models: Path) -> str:
+    """Of what has gone in so far and the files of saved models: what is kept is of just these."""
+    digest = so_far.copy()
+    for file in sorted(file for model in models for file in model.iterdir() if file.name != CHECKPOINT):
+        digest.update(file.name.encode() + file.read_bytes())
+    return str(digest.hexdigest()[:12])
 
 
 def _kept(file: Path, compute: Callable[[], Any]) -> Any:

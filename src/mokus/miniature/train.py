@@ -23,11 +23,12 @@ def train(
     ] = None,
 ) -> None:
     """Train text encoder, VAE, oracle and image transformer, and put them together."""
+    target = output or work / "weights"
+    assemble.check_place(target)
     text_encoder.train(work, start_from=start_from)
     vae.train(work / "vae")
     oracle.train(work)
     mmdit.train(work, start_from=start_from)
-    target = output or work / "weights"
     assemble.assemble(work, target)
     print(f"the miniature is in {target}")
 
