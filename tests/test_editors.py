@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mokus.editors import EDITORS, editor
+from mokus.editors import EDITORS, editor, reduced
 from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift
 
@@ -46,6 +46,18 @@ def primal(h: Tensor, p: Tensor, g: Tensor) -> Tensor:
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
+
+
+@pytest.mark.parametrize("m", [1, D_IN, D_IN + 1, 500, 9000])
+@pytest.mark.parametrize("rank", [3, D_IN])
+def test_reduced_rows_have_the_same_gram_matrix(m: int, rank: int) -> None:
+    """Dependent rows as well; so the edit is the same."""
+    h, p, g = case(4, m)
+    p[:, rank:] = p[:, :1]
+    few = reduced(p)
+    assert len(few) <= D_IN or m <= D_IN
+    assert close(few.double().T @ few.double(), p.double().T @ p.double(), 1e-9)
+    assert close(exact(shift(h, few, g)), primal(h, p, g))
 
 
 @pytest.mark.parametrize("n", ROWS)

@@ -36,8 +36,13 @@ def editor(name: str) -> type[Editor]:
 
 
 def reduced(rows: Tensor) -> Tensor:
-    """At most d_in rows with the same Gram matrix P^T P as rows P (m, d_in), which is all an editor needs of preserved ones.
+    """At most d_in rows with the Gram matrix P^T P of rows P (m, d_in), which is all an editor needs of preserved ones.
 
-    The R of a QR decomposition, in float64.
+    Its Cholesky factor, in float64, where what rounding does to it is nothing beside the I that is added to it; a QR
+    decomposition gives the same in three times the time.
     """
-    return rows if len(rows) <= rows.shape[1] else torch.linalg.qr(rows.double(), mode="r").R
+    if len(rows) <= rows.shape[1]:
+        return rows
+    gram = sum(part.double().T @ part.double() for part in rows.split(8192))
+    least = 1e-13 * torch.trace(gram)  # so that there is a factor although rows may depend on each other
+    return torch.linalg.cholesky(gram + least * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), upper=True)
