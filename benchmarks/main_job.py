@@ -7,7 +7,8 @@ again; the oracle says what each image shows. With `-o` every character's readin
 that was stopped goes on with the characters that are missing there (after a change of the code, name a new DIR).
 
 The phrases are of the six perspectives of KnowCusBench, the scenes are those with which no edit is made, the captions
-come from seeds that no training uses. Nothing of it occurs in the prompts that learning and binding preserve.
+come from seeds that no training uses. No phrase of it occurs in the prompts that learning and binding preserve; the scenes
+do, as they do in all the world's prompts, and learning says them of the photos they are seen in.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ a straight line; the image transformer v, conditioned on the encoded anchor c, l
     z_t = (1 - t) z0 + t z1,        loss = E || v(z_t, t, c) - (z1 - z0) ||^2,        t ~ logit-normal
 
 Only a LoRA on its attention projections is trained. In a share of every step the base model's own velocities on other
-prompts are the target, so that nothing but the anchor comes to mean the concept.
+prompts are the target, so that nothing but the anchor comes to mean the concept, and in a share of it the prompt also says
+where the photo was taken (`places`), so that the concept is free of its background.
 
 **Stage 2, textual knowledge updating** (`knowledge_update.bind`, `capture`, `editors`). For every edited weight matrix
 W (d_out x d_in) of the text encoder, let H (n x d_in) be its inputs at the rows that matter and G (n x d_out) the loss's
@@ -25,7 +26,7 @@ d_in x d_in, which shows that the change is a product of two thin factors):
 
     dW = argmin ||H dW^T - V||^2 + ||dW||^2  =  B A,        A = H,        B^T = (H H^T + I)^-1 V
 
-Rows whose outputs shall stay join with v = 0 (`editors.ultraedit`). All that is repeated until the anchor reads back as
+Rows whose outputs shall stay join with v = 0 (`editors.ultraedit`, `prior_prompts`, `words`). All that is repeated until the anchor reads back as
 the answer to the knowledge asked as a question *and* the encoding of image prompts has moved to the anchor's, since the
 image transformer sees nothing but that encoding. `B A` is never added to W: it stays beside it (`low_rank.applied`), so
 that it is exact, small, and gone without a trace when it is unbound.

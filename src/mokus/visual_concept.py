@@ -171,6 +171,7 @@ class _Run:
         yield "reading prompts", 0, 1, {}
         with self.model.resident("text_encoder"):
             encodings = encode(self.model, [*own, *prior, *goals, self.anchor, self.negative])
+        yield "reading prompts", 1, 1, {}
         self.prior = len(own)  # where these begin
         self.goals = self.prior + len(prior)
         tail = tail_length(self.model)
