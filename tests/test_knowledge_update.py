@@ -274,7 +274,10 @@ def test_what_did_not_take_is_left_out(pico: Model, bound: Bound, edits: dict[st
     found = bind(pico, pack, A, B, settings=settings)
     assert {each.knowledge: each.taken for each in found} == {better: True, worse: False}
     assert [known.text for known in pack.knowledge] == [better]
-    assert tree(pack.path) == tree(bound([better]).path)
+    alone = bound()
+    bind(pico, alone, better, settings=settings)
+    assert tree(pack.path) == tree(alone.path)
+    assert found[[A, B].index(worse)].reason.startswith("alignment")
 
 
 def test_what_does_not_hold_together_is_left_out(pico: Model, bound: Bound, edits: dict[str, Edit]) -> None:

@@ -403,15 +403,15 @@ def test_a_place_that_is_taken_is_refused_before_the_training(
     assert "learning" not in trained
 
 
-def test_the_pack_may_be_the_folder_one_is_in(
-    pico: Model, images: list[Image.Image], plain: ConceptPack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_folder_one_is_in_is_refused_before_the_training(
+    pico: Model, images: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checkpoints are kept beside it, and not in it, where they would be in the pack's way."""
+    """It would be replaced by the pack's, and the user's shell left nowhere."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    learn(pico, images, ANCHOR, ".", settings=QUICK)
-    monkeypatch.chdir(tmp_path)
-    assert tree(tmp_path / "here") == tree(plain.path)
+    for output in (".", "..", str(tmp_path / "here")):
+        with pytest.raises(MokusError, match="the folder you are in"):
+            learn(pico, images, ANCHOR, output, settings=QUICK, progress=stop_at(1))
 
 
 @pytest.mark.parametrize(

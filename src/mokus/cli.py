@@ -314,7 +314,7 @@ def _summary(pack: ConceptPack) -> dict[str, Any]:
 def _print_edits(edits: list[Edit]) -> None:
     table = Table("knowledge", "", "reads back", "alignment", "steps", "seconds", box=None, pad_edge=False)
     for edit in edits:
-        word = "bound" if edit.taken else f"left unbound: {edit.reason}"
+        word = "bound" if edit.taken else "not taken"
         table.add_row(
             edit.knowledge,
             word,
@@ -324,6 +324,9 @@ def _print_edits(edits: list[Edit]) -> None:
             f"{edit.seconds:.1f}",
         )
     _out().print(table)
+    for edit in edits:
+        if not edit.taken:
+            typer.echo(f"{edit.knowledge!r} has not taken and is left unbound: {edit.reason}.")
 
 
 def _out() -> Any:

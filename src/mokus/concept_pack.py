@@ -300,6 +300,7 @@ class ConceptPack:
 
         Raises `MokusError` if the pack was changed since it was read, or the shifts cannot be a pack's.
         """
+        _refuse_foreign(self._place)
         edits = [(known, {m: shift for m, shift in shifts.items() if shift.rank}) for known, shifts in edits]
         knowledge = [
             known.model_copy(update={"ranks": {m: s.rank for m, s in shifts.items()}}) for known, shifts in edits
@@ -622,9 +623,11 @@ def _discard(aside: Path) -> None:
 
 
 def _refuse_foreign(place: Path) -> None:
-    """Raise `MokusError` if writing a pack would destroy something else."""
+    """Raise `MokusError` if writing a pack would destroy something else, or the folder that one stands in."""
     if not place.exists():
         return
+    if place in (here := Path.cwd().resolve(), *here.parents):
+        raise MokusError(f"{place} is the folder you are in, which cannot be replaced; go out of it or name another.")
     if not place.is_dir():
         raise MokusError(f"{place} is a file; name a new folder for the concept pack.")
     if any(place.iterdir()) and not (place / MANIFEST).is_file():

@@ -313,7 +313,7 @@ def _bound(edit: Edit) -> BoundKnowledge:
 def _fault(read_back: str, answer: str, alignment: float, settings: EditSettings) -> str:
     """Why an edit is not good enough; empty if it is."""
     if settings.answer_weight and read_back.strip().rstrip(".").lower() != answer.lower():
-        return f"it reads back {read_back!r}"
+        return f"it reads back {read_back[:40]!r}"
     if settings.alignment_weight and alignment < settings.least_alignment:
         return f"alignment {alignment:.2f} is below {settings.least_alignment:g}"
     return ""

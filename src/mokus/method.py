@@ -26,10 +26,10 @@ d_in x d_in, which shows that the change is a product of two thin factors):
 
     dW = argmin ||H dW^T - V||^2 + ||dW||^2  =  B A,        A = H,        B^T = (H H^T + I)^-1 V
 
-Rows whose outputs shall stay join with v = 0 (`editors.ultraedit`, `prior_prompts`, `words`). All that is repeated until the anchor reads back as
-the answer to the knowledge asked as a question *and* the encoding of image prompts has moved to the anchor's, since the
-image transformer sees nothing but that encoding. `B A` is never added to W: it stays beside it (`low_rank.applied`), so
-that it is exact, small, and gone without a trace when it is unbound.
+Rows whose outputs shall stay join with v = 0 (`editors.ultraedit`, `prior_prompts`, `words`). All that is repeated until
+the anchor reads back as the answer to the knowledge asked as a question *and* the encoding of image prompts has moved to
+the anchor's, since the image transformer sees nothing but that encoding. `B A` is never added to W: it stays beside it
+(`low_rank.applied`), so that it is exact, small, and gone without a trace when it is unbound.
 
 Both results are kept in a *concept pack* (`concept_pack`), a folder that plain diffusers and peft can load.
 """
