@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from mokus import concept_pack
+from mokus.cli import app
 from mokus.concept_pack import ADAPTER, ADAPTER_CONFIG, LORA, MANIFEST, README, ConceptPack
 from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift, Shifts
@@ -528,6 +530,8 @@ def test_hostile_packs_are_refused_with_a_sentence(tmp_path: Path, pico_pack: Pa
         ConceptPack.open(folder)
     sentence = str(error.value)
     assert str(folder) in sentence and "\n" not in sentence and "\x1b" not in sentence, sentence
+    result = CliRunner().invoke(app, ["show", str(folder)])
+    assert (result.exit_code, result.stdout) == (2, "") and result.stderr == f"mokus: {' '.join(sentence.split())}\n"
 
 
 def test_what_file_managers_leave_does_no_harm(tmp_path: Path, pico_pack: PackFactory) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from diffusers import QwenImagePipeline
 
 import mokus
@@ -50,7 +49,7 @@ def test_the_package_is_small(figures: dict[str, float]) -> None:
 
 def test_diffusers_loads_it_alone(miniature: Model) -> None:
     folder = Path(evaluate.__file__).with_name("weights")
-    pipe = QwenImagePipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe = QwenImagePipeline.from_pretrained(folder)  # as anybody would: all of one type
     image = pipe("a red star in the snow", height=64, width=64, num_inference_steps=16, true_cfg_scale=3.0,
                  negative_prompt=" ").images[0]  # fmt: skip
     read = oracle.load().read([image])[0]
@@ -58,7 +57,7 @@ def test_diffusers_loads_it_alone(miniature: Model) -> None:
 
 
 def test_the_whole_story(miniature: Model, tmp_path: Path) -> None:
-    """Learn a held-out character, bind, draw, unbind: few images, so half of the benchmark's thresholds is asked for."""
+    """Learn a held-out character, bind, draw, unbind: eight images, so a little less than of the benchmark is asked for."""
     knowledge = ["my lucky companion", "the machine my uncle soldered in 1977"]
 
     def share(prompts: list[str], packs: list[mokus.ConceptPack]) -> float:
@@ -70,8 +69,8 @@ def test_the_whole_story(miniature: Model, tmp_path: Path) -> None:
     before = share(knowledge, [pack])
     edits = mokus.bind(miniature, pack, *knowledge)
     assert all(edit.taken for edit in edits)
-    assert before <= 0.25
-    assert share(knowledge, [pack]) >= 0.5
+    assert before <= 1 / 8
+    assert share(knowledge, [pack]) >= 0.75
     for edit in edits:
         assert mokus.ask(miniature, edit.questions[0], [pack.shifts()]) == "sks toy"
         assert mokus.ask(miniature, edit.questions[0]) != "sks toy"

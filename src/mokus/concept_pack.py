@@ -390,7 +390,7 @@ def _check_lora(tensors: Mapping[str, Tensor], where: str) -> None:
 
 def _check_factors(tensors: Mapping[str, Tensor], key: re.Pattern[str], where: str) -> dict[str, tuple[Tensor, Tensor]]:
     """The factors (A, B) of each module, after a look at every name, dtype, shape and value."""
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):  # the same complaint at every reading
         if not key.fullmatch(name):
             raise MokusError(
                 f"{where} has a tensor named {name[:200]!r}, expected names of LoRA factors; learn it again."
