@@ -124,6 +124,7 @@ class _Demo:
     progress: Progress
 
     def run(self, photos: Path | None) -> None:
+        """From the photos to the last figure; all of it goes into the story."""
         story, anchor = self.story, self.story.anchor
         scenes = [SCENES[i % len(SCENES)] for i in range(len(story.knowledge))]
         placed = [f"{text} {scene}" for text, scene in zip(story.knowledge, scenes, strict=True)]
@@ -149,6 +150,8 @@ class _Demo:
             _save(story.photos, self.output / "photos")
 
     def learn(self, photos: Path | list[Image.Image]) -> ConceptPack:
+        """Stage 1, into `output/pack`, with the losses for the report."""
+
         def watch(what: str, done: int, total: int, info: dict[str, Any]) -> None:
             if "loss" in info:
                 self.story.losses.append((done, float(info["loss"])))
@@ -160,6 +163,7 @@ class _Demo:
         return pack
 
     def bind(self, pack: ConceptPack) -> None:
+        """Stage 2, and what each knowledge answers before and after."""
         story = self.story
         settings = EditSettings.for_model(self.model.defaults.edit)
         story.settings["stage 2"] = asdict(settings)

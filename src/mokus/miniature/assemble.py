@@ -80,6 +80,8 @@ def assemble(trained: Path, output: Path) -> None:
     beside = output.with_name(output.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     pipe.save_pretrained(beside, safe_serialization=True)
+    for file in beside.glob("*/config.json"):
+        _forget_origin(file)
     (beside / DEFAULTS_FILE).write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
     if (trained / FILE).is_file():
         shutil.copy(trained / FILE, beside / FILE)
@@ -88,6 +90,13 @@ def assemble(trained: Path, output: Path) -> None:
         output.rename(old)
     beside.rename(output)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _forget_origin(file: Path) -> None:
+    """Take out of a component's config the folder of the training machine that it was loaded from."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_place(output: Path) -> None:
