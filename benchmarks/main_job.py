@@ -200,7 +200,7 @@ def setup(model: Model, seeds: Sequence[int]) -> dict[str, Any]:
     return {
         "model": model.id, "fingerprint": model.fingerprint, "anchor": ANCHOR, "photos": PHOTOS, "seeds": list(seeds),
         "learn": asdict(LearnSettings.for_model(model.defaults.learn)),
-        "bind": asdict(EditSettings.for_model(model.defaults.edit)),
+        "bind": asdict(EditSettings.for_editor(model.defaults)),
         "versions": versions(),
     }  # fmt: skip
 

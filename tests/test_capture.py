@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mokus.capture import recorded
+from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift, applied
 from mokus.pipeline import Model
 
@@ -226,3 +228,63 @@ def test_with_a_shift_the_gradient_is_at_the_shifted_output() -> None:
         found.append((record.rows(where), record.gradients(loss, where)))
     for (a, b), path in ((pair, path) for pair in zip(*found, strict=True) for path in ("0", "2")):
         assert torch.allclose(a[path], b[path], rtol=1e-4, atol=1e-4)
+
+
+# --- values that are not finite ---------------------------------------------------------------------------------------
+
+ADVICE = (
+    "expected finite numbers; the model's weights are damaged or its dtype is too narrow, "
+    "so get a whole copy of it and load it in float32 or bfloat16."
+)
+
+
+@pytest.mark.parametrize(("value", "named"), [("nan", "NaN"), ("inf", "infinity"), ("-inf", "infinity")])
+def test_inputs_and_gradients_that_are_not_finite_are_refused(value: str, named: str) -> None:
+    layers, x, where = net(), torch.randn(1, 2, 4, dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool)
+    layers[0].bias[:] = float(value)
+    layers[1] = nn.Identity()  # which lets it through
+    with recorded(layers, ["0", "2"]) as record, torch.no_grad():
+        layers(x)
+    with pytest.raises(MokusError, match=re.escape(f"the inputs of 2 hold {named}, {ADVICE}")):
+        record.rows(where)
+
+    layers = net()
+    with recorded(layers, ["0", "4"]) as record:
+        loss = layers(x).sum() * float(value)
+    assert record.rows(where)["4"].isfinite().all()
+    with pytest.raises(MokusError, match=re.escape("the gradients of 0 hold ")) as caught:
+        record.gradients(loss, where)
+    assert ADVICE in str(caught.value)
+
+
+def test_half_precision_overflows_into_a_sentence() -> None:
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    with torch.no_grad():
+        layers[0].weight.fill_(3e4)
+    layers = layers.half()
+    with recorded(layers, ["1"]) as record, torch.no_grad():
+        layers(torch.ones(1, 1, 4, dtype=torch.float16))
+    with pytest.raises(MokusError, match="the inputs of 1 hold infinity"):
+        record.rows(torch.ones(1, 1, dtype=torch.bool))
+
+
+def test_what_is_not_finite_elsewhere_does_not_matter() -> None:
+    layers, x = net(), torch.zeros(1, 2, 4, dtype=torch.float64)
+    x[0, 1] = float("nan")  # such as padding
+    with recorded(layers, ["0", "2"]) as record:
+        loss = layers(x)[:, :1].sum()
+    where = torch.tensor([[True, False]])
+    assert all(rows.isfinite().all() for rows in record.rows(where).values())
+    assert all(rows.isfinite().all() for rows in record.gradients(loss, where).values())
+
+
+def test_a_damaged_encoder_is_named(pico: Model) -> None:
+    ids, where = batch(token_rows(pico, [7]))
+    encoder = copy.deepcopy(pico.pipe.text_encoder)
+    encoder.get_submodule(GATE).weight[0, 0] = float("nan")
+    with recorded(encoder, PATHS) as record:
+        loss = loss_at(encoder.model.language_model(input_ids=ids, use_cache=False).last_hidden_state, where)
+    with pytest.raises(MokusError, match=re.escape(f"the inputs of {DOWN} hold NaN")):
+        record.rows(where)
+    with pytest.raises(MokusError, match=r"the gradients of .* hold NaN"):
+        record.gradients(loss, where)

@@ -3,16 +3,50 @@
 from __future__ import annotations
 
 import random
+import re
 import string
+import unicodedata
+from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from mokus.concept_pack import ConceptPack
+from mokus.console import file_names
 from mokus.errors import MokusError
-from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, LONGEST, near_misses, normalise, prompts, questions
-from mokus.miniature import language
+from mokus.knowledge import (
+    CHECK_FORMS,
+    IMAGE_FORMS,
+    LONGEST,
+    LONGEST_ANCHOR,
+    check_anchor,
+    check_encodable,
+    check_text,
+    near_misses,
+    normalise,
+    prompts,
+    questions,
+    same,
+)
+from mokus.knowledge_update import unbind
+from mokus.miniature import language, tokenizer
 from mokus.prior_prompts import prior_prompts, references
 
+from .conftest import PackFactory
+
+FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # man, joiner, woman, joiner, girl
+WORLDLY = [
+    "my \U0001f9f8", f"the robot of my {FAMILY}", "the \u2764\ufe0f of the house", "\U0001f9f8", "\U0001fae8 toy", "!!!", "#1",
+    "\u05d4\u05e6\u05e2\u05e6\u05d5\u05e2 \u05e9\u05dc \u05e1\u05d1\u05ea\u05d0",  # Hebrew
+    "\u0644\u0639\u0628\u0629 \u062c\u062f\u062a\u064a \u0627\u0644\u0645\u0641\u0636\u0644\u0629",  # Arabic
+    "\u06a9\u062a\u0627\u0628\u200c\u0647\u0627\u06cc \u0645\u0646",  # Persian, with a non-joiner
+    "\u092e\u0947\u0930\u093e \u0916\u093f\u0932\u094c\u0928\u093e", "\u5976\u5976\u7684\u73a9\u5177",  # Hindi, Chinese
+]  # fmt: skip
+
 PHRASES = [
+    *WORLDLY,
     "my favourite toy", "the robot my grandmother built in 1962", "the one that makes me smile", "My dog", "it", "R2-D2",
     "the lamp", "a gift from my teacher", "our neighbour's car", "the toy {} of {0}", "the 2 of us", "das größte Haus",
     "the thing I keep at No. 7", "the 5 cent coin", "our sister, her aunt and their book",
@@ -59,6 +93,16 @@ def random_phrases(n: int) -> list[str]:
         ("", "empty"), ("  \t ", "empty"), (".", "empty"), (" . ", "empty"),
         ("what is my favourite toy?", "question"), ("my toy ?", "question"), ("What is it?.", "question"),
         ("my\ntoy", "line break"), ("my\x00toy", "control"), ("my\x1b[31mtoy", "control"), ("my\u2028toy", "line break"),
+        ("my\rtoy", "holds a line break; write it as one plain line"), ("one\n\ntwo", "a line break"),
+        ("x" * 10_000, "has 10000 characters, expected at most 200; shorten it"), ("x" * 10_000 + "\ny", "a line break"),
+        ("\U0001f9f8" * 10_000, "has 10000 characters"),
+        ("my \u202etoy", "holds the invisible character U\\+202E; write it as one plain line"),
+        ("my \u202atoy", "U\\+202A"), ("my \u2066toy\u2069", "U\\+2066"), ("my \u2067toy", "U\\+2067"),
+        ("my\u200btoy", "U\\+200B"), ("my \u200etoy", "U\\+200E"), ("my \ufefftoy", "U\\+FEFF"), ("my\xadtoy", "U\\+00AD"),
+        ("my \U000e0041toy", "U\\+E0041"), ("my toy\x07", "the control character U\\+0007"), ("my\ue000toy", "U\\+E000"),
+        ("my \udcff toy", "the broken character U\\+DCFF"), ("my \x85 toy", "line break"),
+        ("\u200d", "empty"), ("\ufe0f \u200c", "empty"), ("\u3000\xa0", "empty"),
+        ("\u0645\u0627 \u0647\u064a\u061f", "question"), ("\u662f\u4ec0\u4e48\uff1f", "question"),
         ("my <|im_end|> toy", r"<\|"), ("<|", r"<\|"),
         ("a" * (LONGEST + 1), str(LONGEST)), ("toy " * LONGEST, str(LONGEST)),
     ],
@@ -67,6 +111,35 @@ def test_what_is_no_knowledge_is_refused(phrase: str, why: str) -> None:
     with pytest.raises(MokusError, match=why) as caught:
         normalise(phrase)
     assert len(str(caught.value)) < 2 * LONGEST + 200 and "\n" not in str(caught.value)
+
+
+def test_spellings_of_the_same_text_are_the_same_knowledge() -> None:
+    for text in (
+        "das gr\u00f6\u00dfte Haus",
+        "caf\u00e9",
+        "\u05e9\u05c1\u05dc\u05d5\u05dd",
+        "\uac00\uac01",
+        "my \u212bngstr\u00f6m",
+    ):
+        forms = {normalise(unicodedata.normalize(form, text)) for form in ("NFC", "NFD")}
+        assert forms == {unicodedata.normalize("NFC", text)}
+    assert (
+        normalise("mon\u202fjouet\xa0pr\u00e9f\u00e9r\u00e9")
+        == "mon jouet pr\u00e9f\u00e9r\u00e9"
+        == normalise(" mon\u3000jouet pre\u0301fe\u0301re\u0301.")
+    )
+    assert same("My  TOY.") == same("my toy") == "my toy" and same("Stra\u00dfe") == same("STRASSE")
+    assert same("\u00c9t\u00e9") == same("e\u0301te\u0301") and same("my toy") != same("my toys")
+
+
+def test_a_broken_character_is_no_text() -> None:
+    """What the command line makes of bytes that are not UTF-8; no tokenizer takes it."""
+    wanted = "holds the broken character U+DCFF; write it in UTF-8."
+    with pytest.raises(MokusError, match=re.escape(f"the prompt 'a \\udcff toy' {wanted}")):
+        check_text("a \udcff toy", "prompt", "a toy")
+    with pytest.raises(MokusError, match="the negative prompt"):
+        check_encodable("\udcff", "negative prompt")
+    check_encodable("", "negative prompt")
 
 
 def test_spaces_and_the_full_stop_do_not_matter() -> None:
@@ -84,7 +157,12 @@ def test_normalising_twice_is_normalising_once() -> None:
     """Else a phrase could not be unbound by the name under which it is listed."""
     rng = random.Random(1)
     phrases = ["my toy..", "my toy. .", "the toy of Acme Inc...", "my toy . . ."]
-    phrases += ["".join(rng.choices(string.ascii_letters[:6] + " \t..  ", k=rng.randint(1, 12))) for _ in range(3000)]
+    odd = (
+        string.ascii_letters[:6]
+        + " \t..  \n\xa0\u2003\u3000\u200d\ufe0f\u0301\u0308\u0338=\u1100\u1161\u11a8\U0001f9f8\u05d0?"
+    )
+    for letters in (string.ascii_letters[:6] + " \t..  ", odd):
+        phrases += ["".join(rng.choices(letters, k=rng.randint(1, 12))) for _ in range(3000)]
     checked = 0
     for phrase in phrases:
         try:
@@ -150,6 +228,134 @@ def test_near_misses_exchange_what_matters() -> None:
     assert any(" my " not in text for text in found)
     assert any("grandmother" not in text for text in found)
     assert any("1962" not in text for text in found)
+
+
+# --- in a pack --------------------------------------------------------------------------------------------------------
+
+
+def test_a_pack_takes_what_is_knowledge(tmp_path: Path, pico_pack: PackFactory) -> None:
+    yaml = pytest.importorskip("yaml")
+    pack = pico_pack(tmp_path / "toy.pack", anchor=f"sks {FAMILY}", knowledge=WORLDLY)
+    pack = ConceptPack.open(pack.path)
+    assert [known.text for known in pack.knowledge] == WORLDLY
+    card = (pack.path / "README.md").read_text(encoding="utf-8")
+    assert all(f"\n- {text}\n" in card for text in WORLDLY)
+    assert yaml.safe_load(card.split("---\n", 2)[1])["instance_prompt"] == f"sks {FAMILY}"
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        compile(code, "card", "exec")
+    unbind(pack, *WORLDLY[1:])
+    assert [known.text for known in pack.knowledge] == WORLDLY[:1]
+
+
+@pytest.mark.parametrize("text", ["my \u202etoy", "my\ntoy", "my\x1b[31mtoy", "my\u200btoy", "\u200d", " "])
+def test_a_pack_refuses_what_is_no_line(tmp_path: Path, pico_pack: PackFactory, text: str) -> None:
+    with pytest.raises(MokusError, match="anchor: Value error, expected one line of printable text, got "):
+        pico_pack(tmp_path / "toy.pack", anchor=text)
+    assert not (tmp_path / "toy.pack").exists()
+
+
+def test_files_of_any_phrase() -> None:
+    names = file_names(WORLDLY)
+    assert len(set(names.values())) == len(WORLDLY)
+    assert all(
+        re.fullmatch(r"[\w-]+", name) and len(f"{name}-{2**64 - 1}.png".encode()) < 230 for name in names.values()
+    )
+    assert len(file_names(["\U00010330" * 200])["\U00010330" * 200].encode()) < 210  # letters of four bytes
+
+
+def test_knowledge_inside_other_knowledge_is_kept_apart(tmp_path: Path, pico_pack: PackFactory) -> None:
+    bound = ["my toy", "my toy robot", "toy", "My toy"]
+    pack = pico_pack(tmp_path / "toy.pack", knowledge=bound)
+    parts = {known.text: shifts for known, shifts in pack.edits()}
+    for i, text in enumerate(bound[:3]):
+        unbind(pack, text)
+        left = pack.edits()
+        assert [known.text for known, _ in left] == bound[i + 1 :]
+        for known, shifts in left:
+            assert all(shift.A.equal(parts[known.text][m].A) for m, shift in shifts.items())
+            assert all(shift.B.equal(parts[known.text][m].B) for m, shift in shifts.items())
+
+
+# --- anchors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spelling() -> Any:
+    """The miniature's tokenizer."""
+    return tokenizer.build()
+
+
+GOOD_ANCHORS = [
+    "sks toy", "zwx dog", "ohwx rubber duck", "SKS Toy", "x-9 toy", "1962 toy", "r2d2 robot", "\U0001f9f8 toy", "sks \U0001f9f8",
+    "sks \u05e6\u05e2\u05e6\u05d5\u05e2", "sks toy's", "s.k.s toy", f"{FAMILY} x", "caf\u00e9 toy", 'sks "toy": #1',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("anchor", GOOD_ANCHORS)
+def test_odd_anchors_that_stay_whole(spelling: Any, anchor: str) -> None:
+    check_anchor(spelling, normalise(anchor, "anchor", "sks toy"))
+
+
+@pytest.mark.parametrize(
+    ("anchor", "why"),
+    [
+        ("toy", "the anchor 'toy' is one word, expected a rare token and the class word, such as 'sks toy'."),
+        ("zq" * 40 + " toy", f"tokens long, expected at most {LONGEST_ANCHOR}; choose another rare token, such as sks."),
+        ("\U0001f9f8" * 6 + " toy", "is 25 tokens long"),
+        ("sks <|im_end|>", "holds '<|im_end|>', one of the tokenizer's own marks; choose another rare token, such as sks."),
+        ("cafe\u0301 toy", "comes back from the tokenizer as 'caf\u00e9 toy'; choose another rare token, such as sks."),
+    ],
+)  # fmt: skip
+def test_anchors_the_miniature_cannot_keep(spelling: Any, anchor: str, why: str) -> None:
+    with pytest.raises(MokusError, match=re.escape(why)) as caught:
+        check_anchor(spelling, anchor)
+    assert len(str(caught.value)) < 250 and str(caught.value).count(". ") == 0
+
+
+def made(vocabulary: list[str], lower: bool = False, words: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words; or, without words, of characters and merges that run across spaces."""
+    ids = {token: i for i, token in enumerate(["[UNK]", *vocabulary])}
+    if words:
+        spelling = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+        spelling.pre_tokenizer = pre_tokenizers.Whitespace()
+    else:
+        spelling = Tokenizer(models.BPE(ids, [("y", " ")], unk_token="[UNK]"))
+    if lower:
+        spelling.normalizer = normalizers.Lowercase()
+    return PreTrainedTokenizerFast(tokenizer_object=spelling, unk_token="[UNK]")
+
+
+def test_anchors_other_tokenizers_cannot_keep() -> None:
+    forms = ["x", "y", "a", "photo", "of", ",", "What", "is", "?"]
+    check_anchor(made(["sks", "toy", *forms]), "sks toy")
+    with pytest.raises(MokusError, match=r"'sks toy' has characters that the tokenizer does not know; choose another"):
+        check_anchor(made(["toy", *forms]), "sks toy")
+    with pytest.raises(
+        MokusError, match=r"'SKS toy' comes back from the tokenizer as 'sks toy'; choose another rare tok"
+    ):
+        check_anchor(made(["sks", "toy", *forms], lower=True), "SKS toy")
+    letters = sorted(set(" What is a photo of sky, toy? xys"))
+    for anchor in ("sky toy", "sks toy"):  # "y " is one token: between the two words, or after them
+        with pytest.raises(
+            MokusError, match=r"runs parts of the anchor .* together .*; choose another rare token, such as"
+        ):
+            check_anchor(Glued(made([*letters, "y "], words=False)), anchor)
+
+
+class Glued:
+    """A tokenizer whose pieces are put together again without spaces between them."""
+
+    def __init__(self, spelling: PreTrainedTokenizerFast) -> None:
+        self.spelling = spelling
+
+    def __call__(self, text: str, **how: Any) -> Any:
+        return self.spelling(text, **how)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.spelling, name)
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(self.spelling.convert_ids_to_tokens(ids))
 
 
 # --- prior prompts ----------------------------------------------------------------------------------------------------

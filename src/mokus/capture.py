@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mokus.errors import MokusError
+
 
 @dataclass
 class Record:
@@ -22,13 +24,19 @@ class Record:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, where: Tensor) -> dict[str, Tensor]:
-        """Inputs (n, d_in), float32, at the n positions where the mask (b, s) is true."""
-        return {path: x.detach()[where].float() for path, x in self.inputs.items()}
+        """Inputs (n, d_in), float32, at the n positions where the mask (b, s) is true.
+
+        Raises `MokusError` if one of them is not finite.
+        """
+        return {path: _finite(x.detach()[where].float(), "inputs", path) for path, x in self.inputs.items()}
 
     def gradients(self, loss: Tensor, where: Tensor) -> dict[str, Tensor]:
-        """Gradients (n, d_out), float32, of the loss with respect to the outputs at these positions."""
+        """Gradients (n, d_out), float32, of the loss with respect to the outputs at these positions.
+
+        Raises `MokusError` if one of them is not finite.
+        """
         grads = torch.autograd.grad(loss, list(self.outputs.values()))
-        return {path: g[where].float() for path, g in zip(self.outputs, grads, strict=True)}
+        return {path: _finite(g[where].float(), "gradients", path) for path, g in zip(self.outputs, grads, strict=True)}
 
 
 @contextmanager
@@ -40,6 +48,17 @@ def recorded(module: nn.Module, paths: Sequence[str]) -> Iterator[Record]:
             hook = module.get_submodule(path).register_forward_hook(_keeper(record, path))
             stack.callback(hook.remove)
         yield record
+
+
+def _finite(x: Tensor, what: str, path: str) -> Tensor:
+    """The same rows, or a `MokusError`: nothing can be solved from them, and all that is made of them would be lost."""
+    if not x.isfinite().all():
+        found = "NaN" if x.isnan().any() else "infinity"
+        raise MokusError(
+            f"the {what} of {path} hold {found}, expected finite numbers; the model's weights are damaged or its dtype is "
+            "too narrow, so get a whole copy of it and load it in float32 or bfloat16."
+        )
+    return x
 
 
 def _keeper(record: Record, path: str) -> Any:

@@ -18,6 +18,7 @@ from mokus.settings import EditSettings, LearnSettings
 if TYPE_CHECKING:
     from mokus.concept_pack import ConceptPack
     from mokus.knowledge_update import Edit
+    from mokus.low_rank import Shifts
 
 app = typer.Typer(
     cls=Commands,
@@ -29,6 +30,12 @@ app = typer.Typer(
 
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
 PackOption = Annotated[list[Path] | None, typer.Option("--pack", help="A concept pack to use; may be repeated.")]
+PreferOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--prefer", metavar="PACK", help="The pack whose meaning counts, for a phrase that several packs bind."
+    ),
+]
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature",
@@ -113,7 +120,7 @@ def bind(
     loaded = load_model(model, device)
     from mokus.knowledge_update import bind
 
-    settings = EditSettings.for_model(loaded.defaults.edit, **chosen)
+    settings = EditSettings.for_editor(loaded.defaults, **chosen)
     with Bars() as progress:
         edits = bind(loaded, opened, *knowledge, questions=question or None, settings=settings, progress=progress)
     if as_json:
@@ -146,6 +153,7 @@ def unbind(
 def ask(
     question: Annotated[str, typer.Argument(help="'What is my favourite toy?'")],
     pack: PackOption = None,
+    prefer: PreferOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -154,14 +162,16 @@ def ask(
     if not question.strip():
         raise MokusError("the question is empty, expected one such as 'What is my favourite toy?'.")
     opened = [_open(path) for path in pack or []]
+    shifts = _together(opened, prefer)
     loaded = load_model(model, device)
     from mokus.knowledge_update import ask
 
     for each in opened:
         each.check_base(loaded)
-    answer = ask(loaded, question, [each.shifts() for each in opened])
+    answer = ask(loaded, question, shifts)
     if as_json:
-        return _print_json({"question": question, "answer": answer, "packs": [str(each.path) for each in opened]})
+        used = {"packs": [str(each.path) for each in opened], **({"prefer": str(prefer)} if prefer else {})}
+        return _print_json({"question": question, "answer": answer, **used})
     typer.echo(answer)
 
 
@@ -173,6 +183,7 @@ def generate(
         "outputs"
     ),
     pack: PackOption = None,
+    prefer: PreferOption = None,
     seeds: SeedsOption = "0",
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's", min=1)] = None,
     true_cfg_scale: Annotated[
@@ -194,6 +205,7 @@ def generate(
     """Draw prompts, with the concepts and the knowledge of packs or without. One PNG per prompt and seed."""
     numbers = parse_seeds(seeds)
     opened = [_open(path) for path in pack or []]
+    _together(opened, prefer)
     loaded = load_model(model, device)
     from mokus.generation import generate, save_png
 
@@ -201,6 +213,7 @@ def generate(
         results = generate(
             loaded, prompts, packs=opened, seeds=numbers, batch_size=batch_size, steps=steps,
             true_cfg_scale=true_cfg_scale, size=size, negative_prompt=negative_prompt, progress=progress,
+            prefer=prefer,
         )  # fmt: skip
         output.mkdir(parents=True, exist_ok=True)  # only now: what cannot be drawn leaves no folder
         names, rows = file_names(prompts), []
@@ -295,6 +308,13 @@ def _open(path: Path) -> ConceptPack:
     from mokus.concept_pack import ConceptPack
 
     return ConceptPack.open(path)
+
+
+def _together(packs: list[ConceptPack], prefer: Path | None) -> list[Shifts]:
+    """Find packs that contradict each other before a large model is loaded."""
+    from mokus.together import shifts_of
+
+    return shifts_of(packs, prefer)
 
 
 def _summary(pack: ConceptPack) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 import mokus
 from mokus.errors import MokusError
-from mokus.knowledge import class_word
+from mokus.knowledge import NOTHING_SEEN, class_word, hidden
 from mokus.low_rank import LowRankShift, Shifts, added
 
 if TYPE_CHECKING:
@@ -78,8 +78,10 @@ _METADATA = {"format": "pt"}  # transformers refuses weights without it
 
 
 def _printable(text: str) -> str:
-    if not text.strip() or not text.isprintable():
-        raise ValueError("expected one line of printable text")
+    if NOTHING_SEEN.fullmatch(text):
+        raise ValueError("expected one line of printable text, got nothing to be seen")
+    if odd := hidden(text):
+        raise ValueError(f"expected one line of printable text, got {odd}")
     return text
 
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from mokus import low_rank
 from mokus.concept_pack import ConceptPack, versions
 from mokus.errors import MokusError
-from mokus.knowledge import check_text
+from mokus.knowledge import check_encodable, check_text
 from mokus.pipeline import Model, encode, pad
+from mokus.together import chosen, shifts_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,6 +56,7 @@ def generate(
     size: int | None = None,
     negative_prompt: str | None = None,
     progress: Progress | None = None,
+    prefer: ConceptPack | Path | str | None = None,
 ) -> Iterator[Generated]:
     """Draw every prompt at every seed with the concepts and the knowledge of the packs: prompt by prompt, seed by seed.
 
@@ -62,7 +64,7 @@ def generate(
     not depend on what else is drawn, up to rounding in batches; alone and in float32 it is, to the bit, what the
     pipeline draws with the packs loaded by diffusers and peft (in bfloat16 peft rounds the factors of the knowledge,
     which stay float32 here). Between two images the model is as it was. `progress("drawing", done, total, {})` counts
-    denoising steps of images.
+    denoising steps of images. A phrase that several packs bind means what it means in the pack `prefer`, or its path.
 
     Raises `MokusError` at the call, not at the first image, for prompts, settings or packs that cannot be used.
     """
@@ -76,20 +78,22 @@ def generate(
     }
     _check_settings(model, settings, batch_size)
     _check_prompts(model, prompts, settings["negative_prompt"])
-    _check_packs(model, packs)
+    preferred = chosen(packs, prefer)
+    _check_packs(model, packs, preferred)
     jobs = list(product(prompts, _checked_seeds(seeds)))
-    return _generate(model, jobs, list(packs), batch_size, settings, progress or (lambda what, done, total, info: None))
+    progress = progress or (lambda what, done, total, info: None)
+    return _generate(model, jobs, list(packs), preferred, batch_size, settings, progress)
 
 
 def _generate(
-    model: Model, jobs: list[tuple[str, int]], packs: list[ConceptPack], batch_size: int, settings: dict[str, Any],
-    progress: Progress,
+    model: Model, jobs: list[tuple[str, int]], packs: list[ConceptPack], prefer: ConceptPack | None, batch_size: int,
+    settings: dict[str, Any], progress: Progress,
 ) -> Iterator[Generated]:  # fmt: skip
     guided = settings["true_cfg_scale"] > 1
     texts = list(dict.fromkeys(prompt for prompt, _ in jobs)) + [settings["negative_prompt"]] * guided
-    with model.resident("text_encoder"), _knowledge_applied(model, packs):
+    with model.resident("text_encoder"), _knowledge_applied(model, packs, prefer):
         encodings = dict(zip(texts, encode(model, texts), strict=True))
-    described = {**settings, **_provenance(model, packs)}
+    described = {**settings, **_provenance(model, packs, prefer)}
     total = len(jobs) * settings["steps"]
     for first in range(0, len(jobs), batch_size):
         batch = jobs[first : first + batch_size]
@@ -135,19 +139,23 @@ def _draw(
 
 
 @contextmanager
-def packs_loaded(model: Model, packs: Sequence[ConceptPack]) -> Iterator[None]:
+def packs_loaded(
+    model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack | Path | str | None = None
+) -> Iterator[None]:
     """Inside, `model.pipe` knows the packs' concepts and knowledge; afterwards it is as before, bit for bit.
 
-    On a GPU enter it inside `model.resident("text_encoder", "transformer", "vae")`.
+    On a GPU enter it inside `model.resident("text_encoder", "transformer", "vae")`. `prefer` as in `generate`.
+    Raises `MokusError` for packs that cannot be used, together or with this model.
     """
-    _check_packs(model, packs)
-    with _knowledge_applied(model, packs), _looks_loaded(model, packs):
+    preferred = chosen(packs, prefer)
+    _check_packs(model, packs, preferred)
+    with _knowledge_applied(model, packs, preferred), _looks_loaded(model, packs):
         yield
 
 
 @contextmanager
-def _knowledge_applied(model: Model, packs: Sequence[ConceptPack]) -> Iterator[None]:
-    with low_rank.applied(model.pipe.text_encoder, *(pack.shifts() for pack in packs)):
+def _knowledge_applied(model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack | None) -> Iterator[None]:
+    with low_rank.applied(model.pipe.text_encoder, *shifts_of(packs, prefer)):
         yield
 
 
@@ -176,11 +184,13 @@ def _check_bare(model: Model) -> None:
         )
 
 
-def _provenance(model: Model, packs: Sequence[ConceptPack]) -> dict[str, Any]:
+def _provenance(model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack | None) -> dict[str, Any]:
+    about = {id(pack): {"anchor": pack.anchor, "sha256": pack.digest} for pack in packs}
     return {
         "model": model.id,
         "fingerprint": model.fingerprint,
-        "packs": [{"anchor": pack.anchor, "sha256": pack.digest} for pack in packs],
+        "packs": list(about.values()),
+        **({"prefer": about[id(prefer)]} if prefer else {}),
         "versions": versions(),
     }
 
@@ -213,6 +223,7 @@ def _check_prompts(model: Model, prompts: list[str], negative_prompt: str) -> No
             raise MokusError(f"a prompt is a {type(prompt).__name__}, expected text.")
     for prompt in prompts:
         check_text(prompt, "prompt", "my favourite toy in the snow")
+    check_encodable(negative_prompt, "negative prompt")
     for prompt in dict.fromkeys([*prompts, negative_prompt]):
         tokens = len(pipe.tokenizer(pipe.prompt_template_encode.format(prompt)).input_ids)
         tokens -= pipe.prompt_template_encode_start_idx
@@ -232,16 +243,10 @@ def _checked_seeds(seeds: Sequence[int]) -> list[int]:
     return numbers
 
 
-def _check_packs(model: Model, packs: Sequence[ConceptPack]) -> None:
-    by_anchor: dict[str, ConceptPack] = {}
+def _check_packs(model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack | None) -> None:
     for pack in packs:
         pack.check_base(model)
-        other = by_anchor.setdefault(pack.anchor, pack)
-        if other is not pack or packs.count(pack) > 1:
-            raise MokusError(
-                f"{other.path} and {pack.path} have the same anchor {pack.anchor!r}, so no prompt tells them apart; "
-                "use one of them, or learn one again with another anchor."
-            )
+    shifts_of(packs, prefer)
     if any(pack.lora() for pack in packs):
         _check_bare(model)
 

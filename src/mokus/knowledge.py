@@ -6,11 +6,21 @@ Knowledge is a phrase that refers to a thing: "my favourite toy", "the robot my 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mokus.errors import MokusError
 
 LONGEST = 200  # characters
+LONGEST_ANCHOR = 20  # tokens; the anchor is also an answer, and no more than a few are read back of one
+
+SPACES = re.compile("[ \t\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]+")
+LINE_BREAKS = "\n\r\v\f\x85\u2028\u2029"
+# Zero-width non-joiner and joiner: emoji of several persons, Persian and the scripts of India are not written without.
+JOINERS = "\u200c\u200d"
+NOTHING_SEEN = re.compile(f"[ {JOINERS}\ufe00-\ufe0f]*")
+QUESTION_MARKS = ("?", "\u061f", "\uff1f")  # Latin, Arabic, full-width
 
 QUESTION_FORMS = ("What is {}?", "Tell me what {} is.", "Which thing is {}?")
 
@@ -46,34 +56,114 @@ def class_word(anchor: str) -> str:
 
 
 def check_text(text: str, what: str, example: str) -> None:
-    """Raise `MokusError` for a text that is empty or holds the template's own tokens; `what` it is, is for the error."""
+    """Raise `MokusError` for a text that is empty, broken, or holds the template's own tokens; `what` it is, is for the error."""
     if not text.strip():
         raise MokusError(f"the {what} is empty, expected one such as {example!r}.")
     if "<|" in text:
         raise MokusError(f"the {what} {text[:60]!r} holds '<|', which marks the template's own tokens; leave it out.")
+    check_encodable(text, what)
+
+
+def check_encodable(text: str, what: str) -> None:
+    """Raise `MokusError` for a text with half a character in it, which is what wrongly encoded bytes become."""
+    if broken := re.search("[\ud800-\udfff]", text):
+        raise MokusError(
+            f"the {what} {text[:60]!r} holds the broken character U+{ord(broken[0]):04X}; write it in UTF-8."
+        )
+
+
+def hidden(text: str) -> str:
+    """What is in a text but not seen on its line, such as "a line break" or "the invisible character U+202E"; else empty.
+
+    Joiners are no such thing. The marks that switch the direction of writing are: right-to-left letters need none.
+    """
+    for c in text:
+        if c in LINE_BREAKS:
+            return "a line break"
+        newer_emoji = "\U0001f000" <= c <= "\U0001faff"  # than Python's tables
+        if not (c.isprintable() or c in JOINERS or newer_emoji):
+            kind = {"Cc": "control", "Cs": "broken"}.get(unicodedata.category(c), "invisible")
+            return f"the {kind} character U+{ord(c):04X}"
+    return ""
+
+
+def tidy(text: str) -> str:
+    """The text in Unicode's composed form (NFC), with single spaces, without closing full stops; nothing is refused."""
+    return SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip().rstrip(". ")
+
+
+def same(text: str) -> str:
+    """What is equal for two spellings of the same knowledge: tidied, capital letters as small ones."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", tidy(text)).casefold())
 
 
 def normalise(phrase: str, what: str = "knowledge", example: str = "my favourite toy") -> str:
-    """The phrase with single spaces and without closing full stops. `what` it is, with an example, is for the errors.
+    """The phrase, tidied. `what` it is, with an example, is for the errors.
 
-    Raises `MokusError` for an empty phrase, a question, a line break or other control character, or one that is too long.
+    Raises `MokusError` for an empty phrase, a question, a line break or another hidden character, or one that is too long.
     """
-    text = re.sub(r"[ \t]+", " ", phrase).strip().rstrip(". ")
-    if not text:
+    text = tidy(phrase)
+    if NOTHING_SEEN.fullmatch(text):
         raise MokusError(f"the {what} is empty, expected a phrase such as {example!r}.")
-    if not text.isprintable():
-        raise MokusError(f"the {what} {phrase!r} holds a line break or control character; write it as one plain line.")
+    if odd := hidden(text):
+        raise MokusError(f"the {what} {text[:60]!r} holds {odd}; write it as one plain line.")
     if len(text) > LONGEST:
         raise MokusError(
             f"the {what} {text[:40]!r}... has {len(text)} characters, expected at most {LONGEST}; shorten it."
         )
-    if text.endswith("?"):
+    if text.endswith(QUESTION_MARKS):
         raise MokusError(
             f"the {what} {text!r} is a question, expected a phrase such as {example!r}"
             + ("; see --question." if what == "knowledge" else ".")
         )
     check_text(text, what, example)
     return text
+
+
+def check_anchor(tokenizer: Any, anchor: str) -> None:
+    """Raise `MokusError` unless the tokenizer keeps a (normalised) anchor whole: what is learned is learned of its tokens.
+
+    It must be a rare token and a class word; be tokens that are words like others, few enough for an answer, and spell it
+    again; and be the same tokens inside a prompt, the class word's apart from the rare token's.
+    """
+    rare, _, word = anchor.partition(" ")
+    if not word:
+        raise MokusError(
+            f"the anchor {anchor!r} is one word, expected a rare token and the class word, such as 'sks toy'."
+        )
+    ids = _token_ids(tokenizer, anchor)
+    if fault := _fault_of_tokens(tokenizer, anchor, ids):
+        raise MokusError(f"the anchor {anchor[:60]!r} {fault}; choose another rare token, such as sks.")
+    inside = _token_ids(tokenizer, f" {anchor}")  # after a space: the first token may be another one
+    apart = ids == _token_ids(tokenizer, rare) + _token_ids(tokenizer, f" {word}")
+    around = (_token_ids(tokenizer, form.format(anchor)) for form in ("x {} y", "a photo of {}, x", "What is {}?"))
+    if not (apart and all(_holds(longer, inside) or _holds(longer, ids) for longer in around)):
+        raise MokusError(
+            f"the tokenizer runs parts of the anchor {anchor[:60]!r} together with each other or with the words around it; "
+            "choose another rare token, such as sks."
+        )
+
+
+def _fault_of_tokens(tokenizer: Any, anchor: str, ids: list[int]) -> str:
+    """What is wrong with the anchor's tokens by themselves; empty if nothing is."""
+    if tokenizer.unk_token_id in ids:
+        return "has characters that the tokenizer does not know"
+    if special := [i for i in ids if i in tokenizer.all_special_ids]:
+        return f"holds {tokenizer.convert_ids_to_tokens(special[0])!r}, one of the tokenizer's own marks"
+    back = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)).strip()
+    if back != anchor:
+        return f"comes back from the tokenizer as {back[:60]!r}"
+    if len(ids) > LONGEST_ANCHOR:
+        return f"is {len(ids)} tokens long, expected at most {LONGEST_ANCHOR}"
+    return ""
+
+
+def _token_ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _holds(longer: Sequence[int], part: Sequence[int]) -> bool:
+    return any(longer[i : i + len(part)] == part for i in range(len(longer) - len(part) + 1))
 
 
 def questions(knowledge: str) -> list[str]:

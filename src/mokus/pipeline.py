@@ -20,6 +20,7 @@ from mokus.errors import MokusError
 
 MINIATURE = "miniature"
 DEFAULTS_FILE = "mokus_defaults.json"
+CORPUS_FILE = "mokus_corpus.txt"
 COMPONENTS = ("transformer", "text_encoder", "vae")
 
 
@@ -33,6 +34,7 @@ class Defaults:
     negative_prompt: str = " "
     learn: dict[str, Any] = field(default_factory=dict)  # other defaults of LearnSettings
     edit: dict[str, Any] = field(default_factory=dict)  # other defaults of EditSettings
+    editors: dict[str, dict[str, Any]] = field(default_factory=dict)  # ... with an editor of that name
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Model:
     fingerprint: str  # of configs and weights, see `fingerprint`
     defaults: Defaults
     device: torch.device
+    corpus: tuple[str, ...] = ()  # prompts like those it was trained on, from `mokus_corpus.txt` in its folder
     _residents: list[tuple[str, ...]] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -97,7 +100,9 @@ def load(model: str | Path | None = None, device: str | None = None, dtype: torc
     pipe.set_progress_bar_config(disable=True)
     for name in COMPONENTS:
         getattr(pipe, name).requires_grad_(False).eval()
-    return Model(pipe, MINIATURE if model in (None, MINIATURE) else source, fingerprint(pipe), defaults, where)
+    return Model(
+        pipe, MINIATURE if model in (None, MINIATURE) else source, fingerprint(pipe), defaults, where, _corpus(source)
+    )
 
 
 def encode(model: Model, prompts: Sequence[str]) -> list[Tensor]:
@@ -195,6 +200,16 @@ def _defaults(source: str) -> Defaults:
     if odd := sorted(values.keys() - known):
         raise MokusError(f"{file} says {odd[0]!r}, which is unknown; expected some of {', '.join(sorted(known))}.")
     return Defaults(**values)
+
+
+def _corpus(source: str) -> tuple[str, ...]:
+    file = Path(source) / CORPUS_FILE
+    if not file.is_file():
+        return ()
+    try:
+        return tuple(line for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except ValueError as error:
+        raise MokusError(f"{file}, the model's corpus, is no text ({error}); get a whole copy of the model.") from error
 
 
 def _json(file: Path, what: str) -> dict[str, Any]:

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from mokus.errors import MokusError
+
+if TYPE_CHECKING:
+    from mokus.pipeline import Defaults
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -88,25 +91,41 @@ class LearnSettings(_Settings):
 class EditSettings(_Settings):
     """Stage 2, textual knowledge updating."""
 
-    editor: str = _set("ultraedit", "The editor.")
+    editor: str = _set("least_drift", "The editor: how shifts are found.")
     layers: list[int] = _set(list(range(18, 26)), "Layers of the text encoder that are edited.")
     modules: list[str] = _set(["mlp.gate_proj", "mlp.up_proj"], "Matrices of each layer that are edited.")
-    eta: float = _set(0.06, "Size of the first step; each later one is smaller by the same amount.")
-    steps: int = _set(16, "At most so many steps.")
-    alignment: float = _set(0.9, "Wanted: how far the encoding of image prompts has moved to the anchor's, 0 to 1.")
+    steps: int = _set(16, "Steps of the search for an edit.")
+    alignment: float = _set(0.88, "Wanted: how far the encoding of image prompts has moved to the anchor's, 0 to 1.")
     least_alignment: float = _set(0.6, "With less than that a knowledge has not taken.")
     answer_weight: float = _set(1.0, "Weight of the answer's loss; 0 leaves the alignment alone.")
     alignment_weight: float = _set(1.0, "Weight of the alignment's loss; 0 is the paper's edit of the answer alone.")
-    preserve: int = _set(96, "Prompts that must stay as they are: class words, references to other things, captions.")
-    odd_references: int = _set(96, "References in words of all kinds that must stay as they are.")
-    near_misses: int = _set(8, "Phrases one word off the knowledge that must stay as they are.")
-    exchanged: int = _set(24, "Phrases with other words in the place of the knowledge's that must stay as they are.")
+    drift_weight: float = _set(0.05, "Weight of what an edit changes elsewhere, as a share of the outputs' energy.")
+    near_weight: float = _set(0.3, "Weight of what it does to the near misses that are watched; 0 watches none.")
+    rivals: int = _set(8, "Near misses that are watched.")
+    near_misses: int = _set(8, "Phrases one word off the knowledge that count as elsewhere.")
+    exchanged: int = _set(24, "Phrases with other words in the place of the knowledge's that count as elsewhere.")
+    preserve: int = _set(96, "Prompts about the class word that count as elsewhere.")
+    corpus: int = _set(600, "Prompts of the corpus that statistics are gathered over, besides the model's own.")
+    odd_references: int = _set(2000, "References in words of all kinds in it.")
+    eta: float = _set(1e-6, "Step size or learning rate of the editors that have one.")
+    ridge: float = _set(1.0, "Weight of the statistics in memit, of the identity in alphaedit.")
+    null_space: float = _set(
+        0.02, "alphaedit: directions with less than this share of the mean second moment are free."
+    )
 
     def __post_init__(self) -> None:
         self._at_least(1, "steps")
         self._at_least(
-            0, "eta", "alignment", "least_alignment", "answer_weight", "alignment_weight", "preserve", "odd_references",
-            "near_misses", "exchanged",
+            0, "alignment", "least_alignment", "answer_weight", "alignment_weight", "drift_weight", "near_weight", "rivals",
+            "near_misses", "exchanged", "preserve", "corpus", "odd_references", "eta", "ridge", "null_space",
         )  # fmt: skip
         if not self.layers or not self.modules:
             raise MokusError("layers and modules must name at least one matrix of the text encoder to edit.")
+
+    @classmethod
+    def for_editor(cls, defaults: Defaults, **chosen: Any) -> EditSettings:
+        """The model's defaults, then what the chosen editor differs in, in general and with this model, then what was chosen."""
+        from mokus.editors import settings_of
+
+        name = chosen.get("editor") or defaults.edit.get("editor") or cls().editor
+        return cls.for_model({**defaults.edit, **settings_of(name), **defaults.editors.get(name, {})}, **chosen)

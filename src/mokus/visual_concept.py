@@ -36,9 +36,9 @@ from torch import Tensor, nn
 
 from mokus import flow
 from mokus.concept_pack import ConceptPack
+from mokus.encoder import tail_length
 from mokus.errors import MokusError
 from mokus.knowledge import class_word, normalise
-from mokus.knowledge_update import tail_length
 from mokus.photos import Photo, load_photos, photos_of
 from mokus.pipeline import encode, pad
 from mokus.places import PLACES, place_of

@@ -76,6 +76,22 @@ class Words:
         ]
         return rng.choice(forms)
 
+    def renamed(self, phrase: str, n: int) -> list[str]:
+        """The phrase with one of its names, words with a capital that do not begin it, exchanged for `n` other names."""
+        words = phrase.split(" ")
+        places = [i for i, word in enumerate(words) if i and word[:1].isupper() and word != "I"]
+        others = [name for name in self.names if name not in words]
+        if not places or len(others) < 2:
+            return []
+        rng = random.Random(f"renamed/{phrase}")
+        found = []
+        for k, name in enumerate(rng.sample(others, min(n, len(others)))):
+            after, place = list(words), places[k % len(places)]
+            own = "'s" if after[place].endswith("'s") else ""
+            after[place] = name + own
+            found.append(" ".join(after))
+        return found
+
     def exchanged(self, phrase: str, n: int) -> list[str]:
         """`n` times the phrase with one of its words that matter, or in a third of them two, exchanged for any other."""
         rng, before = random.Random(f"exchanged/{phrase}"), phrase.split(" ")

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Protocol, cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from mokus.errors import MokusError
-from mokus.low_rank import LowRankShift
+from mokus.low_rank import LowRankShift, Shifts
 
-EDITORS = ("ultraedit",)
+if TYPE_CHECKING:
+    from mokus.goal import Request
+    from mokus.pipeline import Model
+    from mokus.settings import EditSettings
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+
+# the default first; `rewrite` changes prompts instead of the encoder, so no pack can hold what it does
+EDITORS = ("least_drift", "ultraedit", "alphaedit", "memit", "rome", "finetune", "finetune_lora", "rewrite")
 
 
 class Editor(Protocol):
-    """Turns what was captured at one weight matrix W (d_out, d_in) into changes of it.
+    """Edits one piece of knowledge after another into the text encoder, whose weights it never touches.
 
-    Made from inputs (n, d_in), what enters W at the rows to edit, and preserved (m, d_in), m >= 0, what enters it at rows
-    whose outputs shall stay. Both are of the unedited model and do not change from step to step.
+    What it has to know of earlier edits it remembers: those it made itself and those it is told of.
     """
 
-    def __init__(self, inputs: Tensor, preserved: Tensor) -> None: ...
+    def __init__(self, model: Model, settings: EditSettings, progress: Progress | None = None) -> None: ...
 
-    def shift(self, gradients: Tensor) -> LowRankShift:
-        """The change of W for a step of size 1, given gradients (n, d_out) of the loss with respect to W's outputs."""
+    def edit(self, request: Request, before: Shifts) -> tuple[dict[str, LowRankShift], int]:
+        """The shifts that this request adds to those of the earlier edits, `before`, and the steps they took."""
+        ...
+
+    def remember(self, request: Request, before: Shifts) -> None:
+        """Take in an edit that was made on top of `before`, so that later ones spare it; `edit` does not do so itself."""
         ...
 
 
@@ -35,14 +44,7 @@ def editor(name: str) -> type[Editor]:
     return cast("type[Editor]", import_module(f"mokus.editors.{name}").Editor)
 
 
-def reduced(rows: Tensor) -> Tensor:
-    """At most d_in rows with the Gram matrix P^T P of rows P (m, d_in), which is all an editor needs of preserved ones.
-
-    Its Cholesky factor, in float64, where what rounding does to it is nothing beside the I that is added to it; a QR
-    decomposition gives the same in three times the time.
-    """
-    if len(rows) <= rows.shape[1]:
-        return rows
-    gram = sum(part.double().T @ part.double() for part in rows.split(8192))
-    least = 1e-13 * torch.trace(gram)  # so that there is a factor although rows may depend on each other
-    return torch.linalg.cholesky(gram + least * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), upper=True)
+def settings_of(name: str) -> Mapping[str, Any]:
+    """What an editor's authors use where that is not the default: values of `EditSettings`, for Qwen2.5-7B."""
+    editor(name)
+    return cast("Mapping[str, Any]", getattr(import_module(f"mokus.editors.{name}"), "SETTINGS", {}))

@@ -16,8 +16,9 @@ from diffusers import (
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from mokus.errors import MokusError
+from mokus.miniature import language
 from mokus.miniature.oracle import FILE
-from mokus.pipeline import DEFAULTS_FILE
+from mokus.pipeline import CORPUS_FILE, DEFAULTS_FILE
 
 # Qwen-Image's own scheduler settings
 SCHEDULER = {
@@ -53,11 +54,15 @@ DEFAULTS = {
         "layers": [2, 3, 4, 5, 6, 7, 8],
         "modules": ["mlp.down_proj"],
         "alignment": 0.88,
-        "eta": 0.2,
-        "steps": 30,
-        "preserve": 1200,
-        "odd_references": 2000,
         "exchanged": 100,
+    },
+    "editors": {
+        "ultraedit": {"layers": [2, 3, 4, 5, 6, 7, 8], "modules": ["mlp.gate_proj", "mlp.up_proj"], "eta": 7e-3},
+        "alphaedit": {"layers": [2, 3, 4], "modules": ["mlp.down_proj"], "eta": 1.0, "ridge": 1e-3, "null_space": 0.1},
+        "memit": {"layers": [2, 3, 4], "modules": ["mlp.down_proj"], "eta": 1.0, "ridge": 0.1},
+        "rome": {"layers": [2], "modules": ["mlp.down_proj"], "eta": 1.0},
+        "finetune": {"eta": 5e-5, "steps": 25},
+        "finetune_lora": {"eta": 5e-4, "steps": 50},
     },
 }
 
@@ -82,6 +87,7 @@ def assemble(trained: Path, output: Path) -> None:
     pipe.save_pretrained(beside, safe_serialization=True)
     for file in beside.glob("*/config.json"):
         _forget_origin(file)
+    (beside / CORPUS_FILE).write_text("\n".join(language.corpus()) + "\n", encoding="utf-8")
     (beside / DEFAULTS_FILE).write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
     if (trained / FILE).is_file():
         shutil.copy(trained / FILE, beside / FILE)

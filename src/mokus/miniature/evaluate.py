@@ -19,8 +19,8 @@ import typer
 from PIL import Image
 from rich.progress import track
 
+from mokus.encoder import answers
 from mokus.generation import generate
-from mokus.knowledge_update import Rows
 from mokus.miniature import language, oracle, vae, world
 from mokus.photos import load_photos
 from mokus.pipeline import MINIATURE, Model, encode, load
@@ -80,28 +80,8 @@ def text_figures(model: Model) -> Iterator[tuple[str, float]]:
 
 
 def _right(model: Model, lines: Sequence[language.Line]) -> float:
-    found: list[str] = []
-    for i in range(0, len(lines), 120):
-        found += answers(model, [line.prompt for line in lines[i : i + 120]])
+    found = answers(model, [line.prompt for line in lines], longest=ANSWER_TOKENS)
     return sum(a == line.answer for a, line in zip(found, lines, strict=True)) / len(lines)
-
-
-@torch.no_grad()
-def answers(model: Model, texts: Sequence[str]) -> list[str]:
-    """Greedy answers to many prompts: each step runs all rows again, which for a miniature is quick."""
-    tokenizer, encoder = model.pipe.tokenizer, model.pipe.text_encoder
-    said: list[list[int]] = [[] for _ in texts]
-    rows = Rows.of(model, texts)
-    prompts = [ids[:n].tolist() for ids, n in zip(rows.ids, rows.lengths.tolist(), strict=True)]
-    for _ in range(ANSWER_TOKENS):
-        both = [p + s for p, s in zip(prompts, said, strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in both], batch_first=True)
-        now = Rows(rows.prefix, ids, torch.tensor([len(row) for row in both]))
-        states = now.encode(model)[torch.arange(len(both)), now.lengths - 1]
-        for row, token in zip(said, encoder.lm_head(states).argmax(dim=1).tolist(), strict=True):
-            if not row or row[-1] != tokenizer.eos_token_id:
-                row.append(token)
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in said]
 
 
 def probe(model: Model) -> float:

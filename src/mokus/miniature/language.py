@@ -349,3 +349,23 @@ def training_lines(seed: int) -> Iterator[Line]:
     weights = [w for w, _ in kinds]
     while True:
         yield rng.choices(kinds, weights)[0][1]()
+
+
+def corpus(n: int = 3000, seed: int = 123) -> list[str]:
+    """`n` prompts like those the text encoder was trained on, but of the facts only those for development.
+
+    It goes with the weights as `mokus_corpus.txt`: what the statistics of editors are gathered over. Figures about facts
+    are reported on those that are not in it.
+    """
+    rng = random.Random(seed)
+    facts = world.development_facts()
+    kinds = [
+        (0.20, lambda: fact_question(rng, rng.choice(facts))),
+        (0.05, lambda: fact_one_hop(rng, rng.choice(facts))),
+        (0.20, lambda: fact_caption(rng, rng.choice(facts))),
+        (0.20, lambda: direct_caption(rng)),
+        (0.20, lambda: unknown_caption(rng, rare=0.25)),
+        (0.15, lambda: unknown_question(rng, rare=0.2)),
+    ]
+    weights = [w for w, _ in kinds]
+    return [rng.choices(kinds, weights)[0][1]().prompt for _ in range(n)]

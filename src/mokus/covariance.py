@@ -1,0 +1,203 @@
+"""Second moments of what enters the edited modules, over a corpus: what the editors take for "everything else".
+
+Gathered once per model and kept in the platform's cache folder (`MOKUS_CACHE` names another), one file per module. A
+file says which model, corpus and module it is of, and how far it got, so that a stopped run goes on, and what is stale,
+foreign or damaged is found out and gathered anew. Memory: one matrix (d_in, d_in) for each module of a pass, and as many
+modules in a pass as fit `MEMORY`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mokus.encoder import CHUNK, inputs_at_prefix, inputs_in_chunks, tail_length
+from mokus.knowledge import questions
+from mokus.prior_prompts import in_places, prior_prompts
+from mokus.words import Words
+
+if TYPE_CHECKING:
+    from mokus.pipeline import Model
+    from mokus.settings import EditSettings
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+
+FORMAT = "1"
+MEMORY = 8 << 30  # bytes of matrices in one pass
+SAVE_EVERY = 20.0  # seconds
+CLASS_WORDS = ["toy", "dog", "robot", "house", "shoe", "lamp", "bird", "vase", "book", "bag"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Prompts whose tokens are all counted, and those of which only the template's tail is."""
+
+    whole: list[str]
+    tails: list[str]
+
+    @property
+    def sha256(self) -> str:
+        """Of its texts."""
+        return hashlib.sha256(json.dumps([self.whole, self.tails], ensure_ascii=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one module: gram = sum of x x^T (d_in, d_in), float64, over so many rows x."""
+
+    gram: Tensor
+    rows: int
+
+
+def corpus_of(model: Model, settings: EditSettings) -> Corpus:
+    """The corpus for a model: prompts that any model knows, its own if its folder brings some, and odd references.
+
+    Its own (`mokus_corpus.txt`, a prompt a line) stand for what it was trained on, as Wikipedia does in MEMIT.
+    """
+    whole: list[str] = []
+    for word in CLASS_WORDS:
+        some = prior_prompts(word, settings.corpus // len(CLASS_WORDS), seed=0)
+        whole += some + [questions(text)[0] for text in some[::2] if not text.startswith("a ")]
+    odd = Words.of(model.pipe.tokenizer).references(settings.odd_references, seed=0)
+    return Corpus([*whole, *model.corpus], in_places(odd, seed=0))
+
+
+def moments(model: Model, paths: Sequence[str], corpus: Corpus, progress: Progress | None = None) -> dict[str, Moments]:
+    """Of every module, from the cache or gathered now. `progress("gathering statistics", prompts done, all, {})`."""
+    folder = cache_folder() / "statistics"
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Moments] = {}
+    for group in _passes(model, paths):
+        with FileLock(folder / f".{_key(model, group[0], corpus)}.lock"):  # another process may be at it
+            found |= _one_pass(model, group, corpus, folder, progress)
+    return {path: found[path] for path in paths}
+
+
+def cache_folder() -> Path:
+    """Where statistics are kept."""
+    return Path(os.environ.get("MOKUS_CACHE") or platformdirs.user_cache_path("mokus"))
+
+
+# --- gathering ---------------------------------------------------------
+
+
+def _passes(model: Model, paths: Sequence[str]) -> Iterator[list[str]]:
+    """The modules in groups whose matrices fit the memory."""
+    group: list[str] = []
+    for path in paths:
+        width = model.pipe.text_encoder.get_submodule(path).in_features
+        if group and (len(group) + 1) * 8 * width * width > MEMORY:
+            yield group
+            group = []
+        group.append(path)
+    yield group
+
+
+def _one_pass(
+    model: Model, paths: list[str], corpus: Corpus, folder: Path, progress: Progress | None
+) -> dict[str, Moments]:
+    files = {path: folder / f"{_key(model, path, corpus)}.safetensors" for path in paths}
+    state = {path: _read(file, _about(model, path, corpus)) for path, file in files.items()}
+    chunks = _chunks(corpus)
+    total = len(corpus.whole) + len(corpus.tails)
+    done = min((known[1] for known in state.values() if known), default=0) if all(state.values()) else 0
+    grams = {path: known[0] if (known := state[path]) else _nothing(model, path) for path in paths}
+    counted = {path: known[1] if (known := state[path]) else 0 for path in paths}  # chunks
+    saved = time.monotonic()
+    for i in range(done, len(chunks) + 1):
+        late = [path for path in paths if counted[path] <= i]
+        if late:
+            for path, x in _inputs(model, chunks, i, late).items():
+                x = x.double()
+                grams[path] = Moments(grams[path].gram + x.T @ x, grams[path].rows + len(x))
+                counted[path] = i + 1
+        last = i == len(chunks)
+        if late and (last or time.monotonic() - saved > SAVE_EVERY):
+            for path in paths:
+                _write(files[path], grams[path], counted[path], _about(model, path, corpus))
+            saved = time.monotonic()
+        if progress and late:
+            progress("gathering statistics", min(total, i * CHUNK), total, {})
+    if progress and done <= len(chunks):
+        progress("gathering statistics", total, total, {})
+    return grams
+
+
+def _chunks(corpus: Corpus) -> list[tuple[list[str], bool]]:
+    """Prompts a few at a time, and whether only their tails count; in a fixed order, which a resumed run relies on."""
+    several: list[tuple[list[str], bool]] = []
+    for texts, tail in ((corpus.whole, False), (corpus.tails, True)):
+        ordered = sorted(texts, key=len)
+        several += [(ordered[i : i + CHUNK], tail) for i in range(0, len(ordered), CHUNK)]
+    return several
+
+
+def _inputs(model: Model, chunks: list[tuple[list[str], bool]], i: int, paths: list[str]) -> dict[str, Tensor]:
+    """Of the i-th chunk; after the last one, of the template's prefix, which every prompt shares."""
+    if i == len(chunks):
+        return inputs_at_prefix(model, paths)
+    texts, tail = chunks[i]
+    parts = [part for _, part in inputs_in_chunks(model, texts, paths, tail_length(model) if tail else None)]
+    return {path: torch.cat([part[path] for part in parts]) for path in paths}
+
+
+def _nothing(model: Model, path: str) -> Moments:
+    width = model.pipe.text_encoder.get_submodule(path).in_features
+    return Moments(torch.zeros(width, width, dtype=torch.float64, device=model.device), 0)
+
+
+# --- the cache ---------------------------------------------------------
+
+
+def _about(model: Model, path: str, corpus: Corpus) -> dict[str, str]:
+    return {"format": FORMAT, "fingerprint": model.fingerprint, "corpus": corpus.sha256, "module": path}
+
+
+def _key(model: Model, path: str, corpus: Corpus) -> str:
+    return hashlib.sha256(json.dumps(_about(model, path, corpus)).encode()).hexdigest()[:40]
+
+
+def _read(file: Path, about: dict[str, str]) -> tuple[Moments, int] | None:
+    """What is in the cache and how many chunks it has counted; None if there is nothing to trust."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            said, gram = opened.metadata() or {}, opened.get_tensor("gram")
+        whole = said.get("sha256") == _sha256(gram) and {k: said.get(k) for k in about} == about
+        if whole and gram.ndim == 2 and gram.shape[0] == gram.shape[1] and bool(gram.isfinite().all()):
+            return Moments(gram, int(said["rows"])), int(said["chunks"])
+        why = "is of another model or corpus, or damaged"
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        why = f"cannot be read ({error})"
+    logging.getLogger("mokus").warning("the statistics in %s %s; they are gathered anew.", file, why)
+    return None
+
+
+def _write(file: Path, value: Moments, chunks: int, about: dict[str, str]) -> None:
+    gram = value.gram.cpu().contiguous()
+    said = {**about, "rows": str(value.rows), "chunks": str(chunks), "sha256": _sha256(gram)}
+    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(save({"gram": gram}, said))
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,219 @@
+r"""The default recipe: the edit that reaches its goal with the least change to everything else.
+
+Every edited matrix W (d_out, d_in) changes by dW = B A, and B is found by
+
+    min_B   answers + alignment + w_near near misses + w_drift drift        (`goal`; L-BFGS)
+
+    drift = sum over W of  E ||dW x||^2 / E ||W x||^2        x: what enters W elsewhere (below: the median W's)
+
+With R the rows of everything that shall stay (corpus, class words, near misses, earlier edits) and C = R^T R + I, the
+drift is tr(dW C dW^T). A is chosen such that A C A^T = I and that its rows span H C^-1, where H (n, d_in) are the inputs
+at the edited rows: the shifts of least drift for given outputs at H all have this form (it is UltraEdit's ridge
+regression, arXiv 2505.14679, seen from the other side). So rank <= n, drift = ||B||^2, and plain quadratic optimisation is
+right: a step along the gradient in B is UltraEdit's step with C for I.
+
+Linear rows are not all. Layers act together, so near misses are watched as they come out of the encoder: after a first
+round those few that moved most join the loss, as far as they moved more than `FREE`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mokus.covariance import Moments, corpus_of, moments
+from mokus.encoder import Rows, distance, inputs_after_prefix, last_of, module_paths, tails
+from mokus.goal import Goal, Request
+from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, class_word, near_misses, prompts, questions
+from mokus.low_rank import LowRankShift, Shifts, applied
+from mokus.prior_prompts import prior_prompts
+from mokus.words import Words
+
+if TYPE_CHECKING:
+    from mokus.editors import Progress
+    from mokus.pipeline import Model
+    from mokus.settings import EditSettings
+
+NEAR_FORMS = (*IMAGE_FORMS, *CHECK_FORMS, "What is {}?")
+# what is kept of an edit when the next is made: many ways to say it, so that it stays as general as it was
+KEPT_FORMS = (
+    *IMAGE_FORMS, *CHECK_FORMS, "What is {}?", "Tell me what {} is.", "Which thing is {}?", "Do you know what {} is?",
+    "{}: what is that?", "who knows what {} is?", "{} is what?", "an image of {} in the garden",
+    "there is {} on a table", "this shows {} in an old town, in colour", "draw {} by the sea", "here comes {}, so nice",
+    "please describe {} now", "{} on a hill", "my drawing of {} in a box", "two friends and {} in a park",
+    "a small {} behind a tree",
+)  # fmt: skip
+EARLIER = 1000.0  # weight of the rows of earlier edits: one edit has a few dozen, the corpus tens of thousands
+FREE = 0.1  # a near miss may move by this share of the way that the edit makes
+SURE = 0.05  # cross-entropy below which a token is as good as said
+SHARP = 20.0  # of the hinges
+NEGLIGIBLE = 1e-3  # directions of H C^-1/2 below this share of the strongest, and of the finished shift
+ROUNDS = (0.5, 0.5)  # shares of the steps before and after near misses are picked
+
+
+class Editor:
+    """See `mokus.editors.Editor`."""
+
+    def __init__(self, model: Model, settings: EditSettings, progress: Progress | None = None) -> None:
+        self.model, self.settings = model, settings
+        self.paths = module_paths(model, settings)
+        self.moments = moments(model, self.paths, corpus_of(model, settings), progress)
+        self.scale = _scale(model, self.moments)
+        self.earlier = {path: torch.zeros_like(known.gram) for path, known in self.moments.items()}
+        self._of_class = lru_cache(maxsize=8)(self._class_rows)
+
+    def edit(self, request: Request, before: Shifts) -> tuple[dict[str, LowRankShift], int]:
+        """See `mokus.editors.Editor`."""
+        goal = Goal(self.model, request)
+        search = _Search(self, goal, before, self._bases(goal, request))
+        steps = self.settings.steps
+        first = max(1, round(ROUNDS[0] * steps))
+        search.run(first)
+        if self.settings.near_weight and self.settings.rivals:
+            search.watch(self._near(request))
+        search.run(steps - first)
+        return {path: shift.compressed(NEGLIGIBLE) for path, shift in search.shifts().items()}, search.evaluations
+
+    def remember(self, request: Request, before: Shifts) -> None:
+        """See `mokus.editors.Editor`."""
+        goal = Goal(self.model, request, continued=False)
+        rows = goal.inputs(self.paths, goal.where)
+        more = inputs_after_prefix(self.model, prompts(request.knowledge, KEPT_FORMS), self.paths, goal.tail)
+        for path in self.paths:
+            self.earlier[path] += _gram(rows[path]) + _gram(more[path])
+
+    def _bases(self, goal: Goal, request: Request) -> dict[str, Tensor]:
+        """A (r, d_in) of every module, scaled such that ||B||^2 is its drift."""
+        h = goal.inputs(self.paths, goal.where)
+        own = [*prompts(request.says), *prompts(request.says, CHECK_FORMS), *questions(request.answer)]
+        near = inputs_after_prefix(self.model, [*own, *self._near_rows(request)], self.paths)
+        of_class = self._of_class(class_word(request.answer))
+        bases = {}
+        for path in self.paths:
+            rest = self.moments[path].gram + of_class[path] + _gram(near[path]) + EARLIER * self.earlier[path]
+            bases[path] = _basis(h[path], rest) * self.scale
+        return bases
+
+    def _class_rows(self, word: str) -> dict[str, Tensor]:
+        """Gram matrices of prompts about the class word, which is where a concept leaks to."""
+        rows = inputs_after_prefix(self.model, prior_prompts(word, self.settings.preserve, seed=1), self.paths)
+        return {path: _gram(x) for path, x in rows.items()}
+
+    def _near_rows(self, request: Request) -> list[str]:
+        """Phrases one word off in all forms, and with any other words in the place of its own in one each."""
+        near = near_misses(request.knowledge)[: self.settings.near_misses]
+        exchanged = Words.of(self.model.pipe.tokenizer).exchanged(request.knowledge, self.settings.exchanged)
+        return [form.format(text) for text in near for form in NEAR_FORMS] + [
+            form.format(text) for form, text in zip(cycle(NEAR_FORMS), exchanged, strict=False)
+        ]
+
+    def _near(self, request: Request) -> list[str]:
+        """Prompts with phrases that are nearly the knowledge: the candidates to be watched."""
+        texts = watched(self.model, request.knowledge)
+        forms = (*IMAGE_FORMS, *[q.replace(request.knowledge, "{}") for q in request.questions])
+        return [form.format(text) for form, text in zip(cycle(forms), texts, strict=False)]
+
+
+def watched(model: Model, knowledge: str, n: int = 20) -> list[str]:
+    """Phrases that are nearly the knowledge: with another name where it has one, else with any other word; one word off."""
+    words = Words.of(model.pipe.tokenizer)
+    return list(
+        dict.fromkeys([*(words.renamed(knowledge, n) or words.exchanged(knowledge, n)), *near_misses(knowledge)])
+    )
+
+
+class _Search:
+    """L-BFGS on the factors B of one edit."""
+
+    def __init__(self, editor: Editor, goal: Goal, before: Shifts, bases: dict[str, Tensor]) -> None:
+        self.model, self.settings, self.goal, self.before, self.bases = (
+            editor.model,
+            editor.settings,
+            goal,
+            before,
+            bases,
+        )
+        encoder = self.model.pipe.text_encoder
+        self.factors = {
+            path: torch.zeros(encoder.get_submodule(path).out_features, len(a), device=a.device, requires_grad=True)
+            for path, a in bases.items()
+        }
+        self.evaluations = 0
+        self.rivals: tuple[Rows, Tensor] | None = None
+
+    def shifts(self) -> dict[str, LowRankShift]:
+        """As far as they are."""
+        return {path: LowRankShift(a, self.factors[path].detach()) for path, a in self.bases.items()}
+
+    def run(self, steps: int) -> None:
+        """At most so many steps, each of which is little more than one evaluation."""
+        if steps < 1:
+            return
+        optimiser = torch.optim.LBFGS(
+            self.factors.values(), max_iter=steps, max_eval=steps + 3, history_size=10, line_search_fn="strong_wolfe",
+            tolerance_grad=0, tolerance_change=0,
+        )  # fmt: skip
+        optimiser.step(self._evaluate)  # type: ignore[no-untyped-call]
+
+    def watch(self, texts: list[str]) -> None:
+        """From now on those of the prompts that moved most shall go back to where they were before this edit."""
+        with applied(self.model.pipe.text_encoder, self.before):
+            start = tails(self.model, texts)
+        with applied(self.model.pipe.text_encoder, self.before, self.shifts()):
+            moved = distance(tails(self.model, texts), start)
+        most = moved.topk(min(self.settings.rivals, len(texts))).indices
+        self.rivals = Rows.of(self.model, [texts[i] for i in most.tolist()]), start[most]
+
+    def _evaluate(self) -> float:
+        """The loss, and its gradient in every B."""
+        self.evaluations += 1
+        goal, s = self.goal, self.settings
+        live = {path: LowRankShift(a, self.factors[path]) for path, a in self.bases.items()}
+        with torch.enable_grad(), applied(self.model.pipe.text_encoder, self.before, live):
+            now = goal.losses()
+            asked, continued = goal.answer_loss(now, lambda x: _hinge(x - SURE))
+            loss = s.answer_weight * (asked + continued)
+            loss = loss + s.alignment_weight * _hinge(now.moved - (1 - s.alignment)).mean()
+            if self.rivals:
+                rows, start = self.rivals
+                moved = distance(last_of(rows.encode(self.model), rows.lengths, goal.tail), start) / goal.start.mean()
+                loss = loss + s.near_weight * _hinge(moved - FREE, 2 * SHARP).mean()
+            loss = loss + s.drift_weight * torch.stack([b.square().sum() for b in self.factors.values()]).sum()
+        grads = torch.autograd.grad(loss, list(self.factors.values()))
+        for factor, grad in zip(self.factors.values(), grads, strict=True):
+            factor.grad = grad
+        return loss.item()
+
+
+def _hinge(x: Tensor, sharp: float = SHARP) -> Tensor:
+    return F.softplus(x * sharp) / sharp
+
+
+def _gram(x: Tensor) -> Tensor:
+    return x.double().T @ x.double()
+
+
+def _scale(model: Model, known: dict[str, Moments]) -> float:
+    """With it, a C-orthonormal A makes ||B||^2 the drift: the root of the outputs' energy, summed over the corpus's rows.
+
+    The median of the modules, since all of them write into one stream, and a few tokens of huge norm make some look large.
+    """
+    energies = []
+    for path, each in known.items():
+        weight = model.pipe.text_encoder.get_submodule(path).weight.double()
+        energies.append(((weight @ each.gram) * weight).sum())
+    return float(torch.stack(energies).median().clamp(min=1e-12).sqrt())
+
+
+def _basis(h: Tensor, rest: Tensor) -> Tensor:
+    """A (r, d_in), float32: A C A^T = I for C = rest + I, spanning H C^-1 but for directions that hardly occur in H."""
+    c = rest + torch.eye(len(rest), dtype=rest.dtype, device=rest.device)
+    lower = torch.linalg.cholesky(c)
+    u, s, _ = torch.linalg.svd(torch.linalg.solve_triangular(lower, h.double().T, upper=False), full_matrices=False)
+    keep = s > NEGLIGIBLE * s[0]
+    return torch.linalg.solve_triangular(lower.T, u[:, keep], upper=True).T.float().contiguous()

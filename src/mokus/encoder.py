@@ -1,0 +1,230 @@
+"""The text encoder inside the template of image generation: prompts as token rows, what they are encoded as, what it answers.
+
+The template is a system text (the *prefix*, 34 tokens, the same for all prompts), the prompt, and the *tail*:
+<|im_end|>, a line break, <|im_start|>, assistant, a line break. Answers follow the tail; the image transformer sees the
+hidden states of prompt and tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+from mokus.capture import recorded
+from mokus.errors import MokusError
+from mokus.low_rank import Shifts, applied
+
+if TYPE_CHECKING:
+    from mokus.pipeline import Model
+    from mokus.settings import EditSettings
+
+LONGEST_ANSWER = 24  # tokens of an answer that is read back
+CHUNK = 64  # prompts encoded at a time
+
+
+def module_paths(model: Model, settings: EditSettings) -> list[str]:
+    """The paths, in the text encoder, of the weight matrices that are edited, lowest first.
+
+    Raises `MokusError` for a layer or module that it does not have.
+    """
+    layers = model.pipe.text_encoder.model.language_model.layers
+    for layer in settings.layers:
+        if not 0 <= layer < len(layers):
+            raise MokusError(f"layer {layer} is to be edited, but the text encoder has layers 0 to {len(layers) - 1}.")
+    for name in settings.modules:
+        if not isinstance(dict(layers[0].named_modules()).get(name), nn.Linear):
+            raise MokusError(
+                f"{name!r} is no module of the text encoder's layers with a weight matrix, expected names such as "
+                "mlp.gate_proj."
+            )
+    return [
+        f"model.language_model.layers.{layer}.{name}" for layer in sorted(settings.layers) for name in settings.modules
+    ]
+
+
+# --- the template ---------------------------------------------------------
+
+
+def tail_length(model: Model) -> int:
+    """Tokens of the template after the prompt."""
+    after = model.pipe.prompt_template_encode.split("{}")[1]
+    return len(model.pipe.tokenizer(after).input_ids)
+
+
+def prefix_length(model: Model) -> int:
+    """Tokens of the template before the prompt: 34."""
+    return int(model.pipe.prompt_template_encode_start_idx)
+
+
+def token_ids(model: Model, prompt: str) -> list[int]:
+    """The prompt in the template, prefix and tail included."""
+    ids: list[int] = model.pipe.tokenizer(model.pipe.prompt_template_encode.format(prompt)).input_ids
+    return ids
+
+
+def _prefix(model: Model) -> Tensor:
+    return torch.tensor([token_ids(model, "")[: prefix_length(model)]], device=model.device)
+
+
+def _prefix_cache(model: Model, prefix: Tensor) -> DynamicCache:
+    cache = DynamicCache()
+    model.pipe.text_encoder.model.language_model(input_ids=prefix, past_key_values=cache, use_cache=True)
+    return cache
+
+
+# --- rows ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Prompts in the template as token rows: ids (b, s) after the template's prefix, padded at the right; lengths (b,)."""
+
+    prefix: Tensor
+    ids: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, model: Model, texts: Sequence[str], answer: Sequence[int] = ()) -> Rows:
+        """The prompts, each followed by the tokens of an answer."""
+        rows = [torch.tensor([*token_ids(model, text)[prefix_length(model) :], *answer]) for text in texts]
+        ids = pad_sequence(rows, batch_first=True)  # what pads is never attended to
+        lengths = torch.tensor([len(row) for row in rows], device=model.device)
+        return cls(_prefix(model), ids.to(model.device), lengths)
+
+    def __add__(self, other: Rows) -> Rows:
+        ids = pad_sequence([*self.ids, *other.ids], batch_first=True)
+        return Rows(self.prefix, ids, torch.cat([self.lengths, other.lengths]))
+
+    def last(self, counts: Sequence[int]) -> Tensor:
+        """A mask (b, s) of each row's last so many tokens."""
+        ends, n = self.lengths[:, None], torch.tensor(counts, device=self.ids.device)[:, None]
+        at = torch.arange(self.ids.shape[1], device=self.ids.device)[None]
+        return (at < ends) & (at >= ends - n)
+
+    def encode(self, model: Model) -> Tensor:
+        """Final hidden states (b, s, d). The prefix, the same for all, is run once; attention is causal, so neither it nor
+        any other token depends on the padding, and no edited row has a gradient from it."""
+        return self._run(model)[0]
+
+    def _run(self, model: Model) -> tuple[Tensor, DynamicCache]:
+        with torch.no_grad():
+            cache = _prefix_cache(model, self.prefix)
+            cache.batch_repeat_interleave(len(self.ids))
+        language_model = model.pipe.text_encoder.model.language_model
+        states: Tensor = language_model(input_ids=self.ids, past_key_values=cache, use_cache=True).last_hidden_state
+        return states, cache
+
+
+def last_of(states: Tensor, lengths: Tensor, n: int) -> Tensor:
+    """The states (b, n, d) of each row's last n tokens."""
+    at = lengths[:, None] - n + torch.arange(n, device=lengths.device)
+    return states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
+
+
+@torch.no_grad()
+def tails(model: Model, texts: Sequence[str]) -> Tensor:
+    """Final hidden states (n, tail, d) of the prompts' tails."""
+    width = model.pipe.text_encoder.config.get_text_config().hidden_size
+    found = [torch.zeros(0, tail_length(model), width, device=model.device, dtype=model.pipe.text_encoder.dtype)]
+    for start in range(0, len(texts), CHUNK):
+        rows = Rows.of(model, texts[start : start + CHUNK])
+        found.append(last_of(rows.encode(model), rows.lengths, tail_length(model)))
+    return torch.cat(found)
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared distance (rows,) of states (rows, tail, d)."""
+    return (a.float() - b.float()).square().mean(dim=(1, 2))
+
+
+# --- what passes through the modules that are edited ---------------------------------------------------------
+
+
+def inputs_after_prefix(
+    model: Model,
+    texts: Sequence[str],
+    paths: Sequence[str],
+    last: int | None = None,
+    watch: Callable[[int], None] = lambda done: None,
+) -> dict[str, Tensor]:
+    """Inputs (m, d_in), by module path, at all tokens of prompts after the template's prefix, or their `last` so many."""
+    parts: dict[str, list[Tensor]] = {
+        path: [torch.zeros(0, model.pipe.text_encoder.get_submodule(path).in_features, device=model.device)]
+        for path in paths
+    }
+    done = 0
+    for n, part in inputs_in_chunks(model, texts, paths, last):
+        for path, rows in part.items():
+            parts[path].append(rows)
+        watch(done := done + n)
+    return {path: torch.cat(several) for path, several in parts.items()}
+
+
+@torch.no_grad()
+def inputs_in_chunks(
+    model: Model, texts: Sequence[str], paths: Sequence[str], last: int | None = None
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The same a few prompts at a time, with their number: (n, inputs), shortest prompts first."""
+    ordered = sorted(texts, key=lambda text: len(token_ids(model, text)))  # little padding
+    for start in range(0, len(ordered), CHUNK):
+        rows = Rows.of(model, ordered[start : start + CHUNK])
+        with recorded(model.pipe.text_encoder, paths) as record:
+            rows.encode(model)
+        counts = rows.lengths.tolist() if last is None else [last] * len(rows.lengths)
+        yield len(counts), record.rows(rows.last(counts))
+
+
+@torch.no_grad()
+def inputs_at_prefix(model: Model, paths: Sequence[str]) -> dict[str, Tensor]:
+    """Inputs (34, d_in), by module path, at the template's prefix."""
+    with recorded(model.pipe.text_encoder, paths) as record:
+        _prefix_cache(model, _prefix(model))
+    return record.rows(torch.ones(1, prefix_length(model), dtype=torch.bool, device=model.device))
+
+
+# --- answers ---------------------------------------------------------
+
+
+@torch.no_grad()
+def answers(
+    model: Model, texts: Sequence[str], shifts: Sequence[Shifts] = (), longest: int = LONGEST_ANSWER
+) -> list[str]:
+    """What the text encoder answers, greedily, to each text inside the prompt template, with shifts or without.
+
+    At most `longest` tokens each. Texts of equal length are run together, so none is padded and an answer does not
+    depend on the others, up to rounding.
+    """
+    lengths = {text: len(token_ids(model, text)) for text in texts}
+    ordered = sorted(lengths, key=lengths.__getitem__)
+    said: dict[str, str] = {}
+    with model.resident("text_encoder"), applied(model.pipe.text_encoder, *shifts):
+        start = 0
+        while start < len(ordered):
+            equal = [text for text in ordered[start : start + CHUNK] if lengths[text] == lengths[ordered[start]]]
+            said |= zip(equal, _greedy(model, equal, longest), strict=True)
+            start += len(equal)
+    return [said[text] for text in texts]
+
+
+def _greedy(model: Model, texts: Sequence[str], longest: int) -> list[str]:
+    """Texts of equal length; a row that has ended is carried along until the last one has."""
+    encoder, tokenizer = model.pipe.text_encoder, model.pipe.tokenizer
+    states, cache = Rows.of(model, texts)._run(model)
+    found: list[Tensor] = []
+    ended = torch.zeros(len(texts), dtype=torch.bool, device=model.device)
+    for _ in range(longest):
+        token = encoder.lm_head(states[:, -1]).argmax(dim=-1)
+        found.append(torch.where(ended, tokenizer.eos_token_id, token))
+        ended |= token == tokenizer.eos_token_id
+        if ended.all():
+            break
+        states = encoder.model.language_model(
+            input_ids=token[:, None], past_key_values=cache, use_cache=True
+        ).last_hidden_state
+    return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in torch.stack(found, dim=1)]

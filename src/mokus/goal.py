@@ -1,0 +1,125 @@
+"""What one edit wants of the text encoder, as losses that any editor can follow.
+
+- asked the knowledge as a question, it answers with the answer                     (the paper's edit)
+- image prompts with the knowledge are encoded as those with the answer would be    (over the template's tail)
+- ... and continued as those are: "sks toy in the snow" by "sks toy, snow"
+
+The image transformer sees only the encoding, so the answer alone is not enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mokus.capture import recorded
+from mokus.encoder import Rows, answers, distance, last_of, tail_length, tails
+from mokus.knowledge import IMAGE_FORMS, prompts
+from mokus.low_rank import Shifts, applied
+
+if TYPE_CHECKING:
+    from mokus.pipeline import Model
+
+CONTINUED = 8  # tokens at most of an image prompt's continuation
+
+
+@dataclass(frozen=True)
+class Request:
+    """One edit that is wanted. `says`: the answer as an image prompt says it, "a blue ring" for "blue ring"."""
+
+    knowledge: str
+    answer: str
+    questions: tuple[str, ...]
+    says: str
+
+    @classmethod
+    def of(cls, knowledge: str, answer: str, questions: Sequence[str], says: str | None = None) -> Request:
+        """With the answer itself as what image prompts say, unless told otherwise."""
+        return cls(knowledge, answer, tuple(questions), says or answer)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Per expected token: cross-entropy (n,), whether it is the likeliest (n,), its row (n,). Per image prompt: how far
+    its tail is from where it shall be, (forms,), 1 where the base model is."""
+
+    cross_entropy: Tensor
+    right: Tensor
+    row: Tensor
+    moved: Tensor
+
+
+class Goal:
+    """One request as token rows: first the questions, each with the answer behind it, then the image prompts, each with
+    its continuation (`continued`) or without.
+    """
+
+    def __init__(
+        self, model: Model, request: Request, forms: Sequence[str] = IMAGE_FORMS, continued: bool = True
+    ) -> None:
+        self.model, self.encoder, tokenizer = model, model.pipe.text_encoder, model.pipe.tokenizer
+        images, meant = prompts(request.knowledge, tuple(forms)), prompts(request.says, tuple(forms))
+        said = answers(model, meant, longest=CONTINUED) if continued else []
+        self.questions, self.tail = len(request.questions), tail_length(model)
+        expected = [
+            [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            for text in [request.answer] * self.questions + said
+        ]
+        expected += [[]] * (len(images) - len(said))
+        rows = [
+            Rows.of(model, [text], ids[:-1]) for text, ids in zip([*request.questions, *images], expected, strict=True)
+        ]
+        self.rows = sum(rows[1:], start=rows[0])
+        behind = torch.tensor([max(0, len(ids) - 1) for ids in expected], device=model.device)
+        self.tail_ends = self.rows.lengths - behind  # (b,): one past the tail's last token
+        self.labels = torch.full_like(self.rows.ids, -100)  # (b, s): each expected token where it is predicted
+        for i, ids in enumerate(expected):
+            end = int(self.rows.lengths[i])
+            self.labels[i, end - len(ids) : end] = torch.tensor(ids, dtype=torch.long)
+        self.images = slice(self.questions, len(self.labels))
+        self.target = tails(model, meant)  # (forms, tail, d)
+        self.start = distance(tails(model, images), self.target).clamp(min=1e-8)  # (forms,)
+
+    @property
+    def where(self) -> Tensor:
+        """The rows (b, s) to edit: where expected tokens are predicted, and the tails of the image prompts."""
+        at, end = torch.arange(self.labels.shape[1], device=self.labels.device)[None], self.tail_ends[:, None]
+        tail = (at < end) & (at >= end - self.tail)
+        tail[: self.questions] = False
+        return tail | (self.labels != -100)
+
+    @property
+    def ends(self) -> Tensor:
+        """The rows (b, s) where answers begin: the last token of every tail."""
+        at = torch.arange(self.labels.shape[1], device=self.labels.device)[None]
+        return at == self.tail_ends[:, None] - 1
+
+    def inputs(self, paths: Sequence[str], where: Tensor, *shifts: Shifts) -> dict[str, Tensor]:
+        """What enters the modules at these rows (n, d_in), by module path, with shifts or without."""
+        with torch.no_grad(), applied(self.encoder, *shifts), recorded(self.encoder, paths) as record:
+            self.rows.encode(self.model)
+        return record.rows(where)
+
+    def losses(self) -> Losses:
+        """Under what is applied to the encoder now; differentiable."""
+        states = self.rows.encode(self.model)
+        there = self.labels != -100
+        logits = self.encoder.lm_head(states[there]).float()  # at the expected tokens alone
+        ids = self.labels[there]
+        tail = last_of(states[self.images], self.tail_ends[self.images], self.tail)
+        return Losses(
+            F.cross_entropy(logits, ids, reduction="none"), logits.argmax(dim=-1) == ids, there.nonzero()[:, 0],
+            distance(tail, self.target) / self.start,
+        )  # fmt: skip
+
+    def answer_loss(self, losses: Losses, of: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor]:
+        """Mean over questions, and over image prompts, of the mean over their tokens of a function of the cross-entropy."""
+        tokens = torch.bincount(losses.row, minlength=len(self.labels)).clamp(min=1)
+        each = torch.zeros(len(self.labels), device=tokens.device).index_add(0, losses.row, of(losses.cross_entropy))
+        each = each / tokens
+        return each[: self.questions].mean(), each[self.images].mean()
