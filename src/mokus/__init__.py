@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mokus.pipeline import load as load
     from mokus.settings import EditSettings as EditSettings
     from mokus.settings import LearnSettings as LearnSettings
+    from mokus.together import shifts_of as shifts_of
     from mokus.visual_concept import learn as learn
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ _HOME = {
     "learn": "visual_concept",
     "load": "pipeline",
     "save_png": "generation",
+    "shifts_of": "together",
     "unbind": "knowledge_update",
 }
 

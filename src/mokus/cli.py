@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from mokus import __version__
-from mokus.console import Bars, Commands, file_names, load_model, note, parse_seeds, settings_options
+from mokus.console import Bars, Commands, file_names, load_model, note, parse_counts, parse_seeds, settings_options
 from mokus.errors import MokusError
 from mokus.settings import EditSettings, LearnSettings
 
@@ -27,6 +27,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Photos of a thing and a few plain sentences about it in, images that know what you mean out.",
 )
+
+bench = typer.Typer(cls=Commands, no_args_is_help=True, help="Benchmarks, on the miniature.")
+app.add_typer(bench, name="bench")
 
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
 PackOption = Annotated[list[Path] | None, typer.Option("--pack", help="A concept pack to use; may be repeated.")]
@@ -285,6 +288,40 @@ def show(pack: PackArgument, as_json: JsonOption = False) -> None:
         typer.echo("no knowledge bound yet")
 
 
+@bench.command()
+def editing(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of results; a stopped run goes on there.")
+    ] = Path("editing"),
+    editors: Annotated[
+        str | None, typer.Option(help="Which, with commas between them.", show_default="all of them")
+    ] = None,
+    edits: Annotated[
+        str, typer.Option(help="Figures after so many edits, one on top of the other.")
+    ] = "1,10,50,100,200",
+    singles: Annotated[int, typer.Option(help="How many single edits the figures of one are the mean of.", min=1)] = 12,
+    images: Annotated[bool, typer.Option("--images/--no-images", help="Draw, and let the oracle judge.")] = True,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure knowledge editors: what they do to what was edited and to what was not. Writes results.json, report.html."""
+    from mokus.editors import EDITORS, editor
+
+    names = [name.strip() for name in editors.split(",")] if editors is not None else list(EDITORS)
+    for name in names:
+        editor(name)
+    counts = parse_counts(edits, "--edits")
+    loaded = load_model(model, "cpu")
+    from mokus.bench import editing
+
+    with Bars() as progress:
+        rows, page = editing.report(loaded, output, names, counts, singles, images, progress)
+    if as_json:
+        return _print_json(rows)
+    _out().print(editing.table(rows))
+    typer.echo(f"{output / 'results.json'}; open {page}")
+
+
 # --- shared by the commands ---------------------------------------------------------
 
 
@@ -352,7 +389,7 @@ def _print_edits(edits: list[Edit]) -> None:
 def _out() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False, emoji=False)  # knowledge may look like markup
 
 
 def _print_json(value: Any) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
@@ -122,7 +123,7 @@ class Bars:
         text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items())
         if what not in self._tasks or self._progress.tasks[self._tasks[what]].completed > done:
             self._tasks[what] = self._progress.add_task(what, total=total, info="")
-        self._progress.update(self._tasks[what], completed=done, total=total, info=text)
+        self._progress.update(self._tasks[what], completed=done, total=total, info=escape(text))
 
 
 def settings_options(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -174,6 +175,16 @@ def parse_seeds(text: str) -> list[int]:
             raise MokusError(f"--seeds got {text!r}, which is more than {MOST_SEEDS:,} seeds; ask for fewer at a time.")
         seeds += some
     return list(dict.fromkeys(seeds))
+
+
+def parse_counts(text: str, option: str) -> list[int]:
+    """ "1,10,100" -> [1, 10, 100]."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[1-9]\d{0,5}", part) for part in parts):
+        raise MokusError(
+            f"{option} got {text!r}, expected numbers from 1 with commas between them, such as '1,10,100'."
+        )
+    return sorted({int(part) for part in parts})
 
 
 def file_names(prompts: Sequence[str]) -> dict[str, str]:

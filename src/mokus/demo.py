@@ -165,7 +165,7 @@ class _Demo:
     def bind(self, pack: ConceptPack) -> None:
         """Stage 2, and what each knowledge answers before and after."""
         story = self.story
-        settings = EditSettings.for_model(self.model.defaults.edit)
+        settings = EditSettings.for_editor(self.model.defaults)
         story.settings["stage 2"] = asdict(settings)
         with self.timed("binding the knowledge (stage 2)"):
             story.edits = bind(self.model, pack, *story.knowledge, settings=settings, progress=self.progress)

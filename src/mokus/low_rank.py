@@ -113,6 +113,30 @@ def applied(module: nn.Module, *many: Shifts) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def merged(module: nn.Module, shifts: Shifts) -> Iterator[float]:
+    """Inside, the changes are added to the weights themselves, in their dtype, as the paper's code does; for comparison.
+
+    Gives the share of the change that rounding loses, ||(W' - W) - dW|| / ||dW|| (Frobenius, over all modules). The weights
+    are copied and put back, so they are the same bits afterwards.
+    """
+    kept = {path: _linear(module, path).weight.data.clone() for path in shifts}
+    lost = whole = 0.0
+    try:
+        for path, shift in shifts.items():
+            weight, dense = _linear(module, path).weight.data, shift.dense().to(kept[path].device)
+            weight.add_(dense.to(weight.dtype))
+            done = weight.double() - kept[path].double()
+            lost, whole = (
+                lost + float((done - dense.double()).square().sum()),
+                whole + float(dense.double().square().sum()),
+            )
+        yield (lost / whole) ** 0.5 if whole else 0.0
+    finally:
+        for path, weight in kept.items():
+            _linear(module, path).weight.data.copy_(weight)
+
+
 def _linear(module: nn.Module, path: str) -> nn.Linear:
     try:
         found = module.get_submodule(path)

@@ -38,7 +38,7 @@ from mokus import flow
 from mokus.concept_pack import ConceptPack
 from mokus.encoder import tail_length
 from mokus.errors import MokusError
-from mokus.knowledge import class_word, normalise
+from mokus.knowledge import check_anchor, class_word, normalise
 from mokus.photos import Photo, load_photos, photos_of
 from mokus.pipeline import encode, pad
 from mokus.places import PLACES, place_of
@@ -74,7 +74,8 @@ def learn(
     Raises `MokusError` for photos or an anchor that cannot be used, and if the loss is no longer finite; the last good
     weights are then kept in the checkpoint that `resume` goes on from, at another learning rate if you like.
     """
-    anchor = _checked_anchor(anchor)
+    anchor = normalise(anchor, "anchor", "sks toy")
+    check_anchor(model.pipe.tokenizer, anchor)
     settings = settings or LearnSettings.for_model(model.defaults.learn)
     ConceptPack.check_place(output)
     _check_transformer(model, settings.targets)
@@ -99,15 +100,6 @@ def checkpoint_of(output: Path) -> Path:
     """Where the checkpoint of a run that writes its pack to `output` is kept: in a folder beside it."""
     place = output.resolve()
     return place.parent / f".{place.name}.learning" / "checkpoint.pt"
-
-
-def _checked_anchor(anchor: str) -> str:
-    text = normalise(anchor, "anchor", "sks toy")
-    if len(text.split()) < 2:
-        raise MokusError(
-            f"the anchor {anchor!r} is one word, expected a rare token and the class word, such as 'sks toy'."
-        )
-    return text
 
 
 def _check_transformer(model: Model, targets: Sequence[str]) -> None:

@@ -10,19 +10,21 @@ file: none is edited, none was tuned with. Near misses that an editor itself pre
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,7 +37,7 @@ from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.goal import Request
 from mokus.knowledge import questions
-from mokus.low_rank import LowRankShift, Shifts, added, applied
+from mokus.low_rank import LowRankShift, Shifts, added, applied, merged
 from mokus.miniature import language, oracle, world
 from mokus.miniature.language import article
 from mokus.miniature.world import Fact, Subject
@@ -142,7 +144,7 @@ class Measure:
         self._labels: dict[tuple[str, int], dict[str, str]] = {}
 
     def row(self, some: Sequence[Case], edited: Edited, known: dict[str, bool]) -> tuple[Row, dict[str, int]]:
-        """All figures for these edits, and of how many cases each is. `known`: by phrase, whether an edit took when it was made."""
+        """All figures for these edits, and of how many cases each is. `known`: by phrase, whether it took when it was made."""
         hits: dict[str, list[bool]] = {
             "efficacy": [known[case.phrase] for case in some],
             "retention": self._says([(questions(c.phrase)[0], c.new.words) for c in some], edited),
@@ -251,10 +253,11 @@ class Measure:
         unseen = [case for case in some if case.fact is not None and case.fact.held_out][: IMAGES // len(DRAWN)]
         own = [(form.format(case.phrase), case.new) for case in unseen for form in DRAWN]
         direct = [(form.format(article(case.new.words)), case.new) for case in unseen for form in DRAWN]
-        near = [p for case in unseen for p in self._near([case])][:IMAGES] if unseen else []
+        most = IMAGES if len(some) > 1 else IMAGES // 4  # of one edit there are several measurements
+        near = [p for case in unseen for p in self._near([case])][:most]
         near = [DRAWN[i % 2].format(phrase) for i, phrase in enumerate(near)]
-        other = [DRAWN[i % 2].format(fact.phrase) for i, fact in enumerate(bystanders()[: IMAGES // 2])]
-        other += _captions(IMAGES - len(other), SEED + 2)
+        other = [DRAWN[i % 2].format(fact.phrase) for i, fact in enumerate(bystanders()[: most // 2])]
+        other += _captions(most - len(other), SEED + 2)
         read, base = (
             self._read([*(p for p, _ in own), *near, *other], edited),
             self._read([p for p, _ in direct], Edited()),
@@ -509,6 +512,87 @@ def norms(model: Model, shifts: Shifts) -> dict[str, float]:
     return found
 
 
+def report(
+    model: Model,
+    folder: Path,
+    editors: Sequence[str] = EDITORS,
+    counts: Sequence[int] = (1, 10, 50, 100, 200),
+    singles: int = SINGLES,
+    images: bool = True,
+    progress: Progress | None = None,
+) -> tuple[list[Row], Path]:
+    """`run`, and DIR/report.html beside DIR/results.json: the rows and the page.
+
+    The page has curves of step sizes and images beside; rounding to bfloat16 is measured, too.
+    """
+    from mokus.bench import editing_report
+
+    run(model, folder, editors, counts, singles, images, progress)
+    rows = _all_rows(folder)
+    last = {row["editor"]: row["norms"] for row in rows if row.get("norms")}  # of the most edits
+    etas = _kept_value(folder / "etas.json", lambda: eta_curve(model, progress))
+    bf16 = _kept_value(folder / "rounding.json", lambda: rounding(model, progress))
+    extra = {"norms": last, "eta": etas, "images": pictures(model) if images else [], "rounding": bf16}
+    about = {"model": model.id, "fingerprint": model.fingerprint, "seed": SEED, "singles": singles, **versions()}
+    about |= {f"{name}": asdict(EditSettings.for_editor(model.defaults, editor=name)) for name in editors}
+    return rows, editing_report.write(folder, rows, extra, about)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The main figures, for a terminal."""
+    keys = {
+        "efficacy": "efficacy", "generality_questions": "questions", "generality_prompts": "prompts",
+        "locality_facts": "facts", "locality_captions": "captions", "locality_near_miss": "near", "retention": "retained",
+        "one_hop": "one hop", "image_efficacy": "drawn", "conditioning_drift": "drift", "seconds_per_edit": "s/edit",
+    }  # fmt: skip
+    found = Table("editor", "edits", *keys.values(), box=None, pad_edge=False)
+    for row in rows:
+        values = [row.get(key) for key in keys]
+        shown = [
+            "" if v is None else f"{v:.2f}" if k == "seconds_per_edit" else f"{v:.3f}"
+            for k, v in zip(keys, values, strict=True)
+        ]
+        found.add_row(row["editor"], str(row["edits"]), *shown)
+    return found
+
+
+def _kept_value(file: Path, made: Callable[[], Any]) -> Any:
+    if not file.is_file():
+        _write(file, made())
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def rounding(model: Model, progress: Progress | None = None) -> list[Row]:
+    """What merging into bfloat16 weights loses (design: small changes round away), beside the side branch.
+
+    The text encoder cast to bfloat16, four single edits of facts for development: the share of ||dW|| that is lost, and
+    whether the edited question is answered, with the shift as a side branch and merged.
+    """
+    encoder = copy.deepcopy(model.pipe.text_encoder).to(torch.bfloat16)
+    pipe = copy.copy(model.pipe)
+    pipe.text_encoder = encoder
+    small, found = replace(model, pipe=pipe), []
+    some = [
+        Case(f.phrase, _other_subject(random.Random(f.phrase), f.subject), f) for f in world.development_facts()[:4]
+    ]
+    for name in ("least_drift", "ultraedit"):
+        made = editor(name)(model, EditSettings.for_editor(model.defaults, editor=name))
+        lost, beside, merged_ = [], [], []
+        for i, case in enumerate(some):
+            if progress:
+                progress(f"rounding of {name}", i, len(some), {})
+            shifts, _ = made.edit(case.request, {})
+            beside += [answers(small, [questions(case.phrase)[0]], [shifts])[0] == case.new.words]
+            with merged(encoder, shifts) as share:
+                merged_ += [answers(small, [questions(case.phrase)[0]])[0] == case.new.words]
+            lost.append(share)
+        n = len(some)
+        found.append({
+            "editor": name, "lost": sum(lost) / n, "side_branch": sum(beside) / n, "merged": sum(merged_) / n,
+        })  # fmt: skip
+    return found
+
+
 def eta_curve(model: Model, progress: Progress | None = None) -> list[Row]:
     """UltraEdit's step size, on facts for development: one edit each."""
     measure, points = Measure(model, images=False), []
@@ -536,7 +620,7 @@ def eta_curve(model: Model, progress: Progress | None = None) -> list[Row]:
     return points
 
 
-def pictures(model: Model, folder: Path, n: int = 6) -> list[Row]:
+def pictures(model: Model, n: int = 6) -> list[Row]:
     """Before and after of the first edits whose facts the image transformer never saw, by the default editor."""
     measure, found = Measure(model), []
     for case in [case for case in cases(40) if case.fact and case.fact.held_out][:n]:

@@ -158,7 +158,7 @@ class _Search:
             self.factors.values(), max_iter=steps, max_eval=steps + 3, history_size=10, line_search_fn="strong_wolfe",
             tolerance_grad=0, tolerance_change=0,
         )  # fmt: skip
-        optimiser.step(self._evaluate)  # type: ignore[no-untyped-call]
+        optimiser.step(self._evaluate)
 
     def watch(self, texts: list[str]) -> None:
         """From now on those of the prompts that moved most shall go back to where they were before this edit."""
