@@ -17,10 +17,10 @@ of mlp.gate_proj and mlp.up_proj and gradients g (n, 18944) at their outputs. Bo
 - ours: the template's prefix, and the questions through the layers below the first edited one, once per knowledge; in each
   step only the layers from there on, logits of the answer, gradients of activations alone. dW = B A with
   A = (H H^T + I)^-1 H and B = V^T: a 9 x 9 solve in float64 for each layer. dW stays beside the weight. A step's solve is
-  counted in full, although A is that of the first step in all of them (as in `mokus.knowledge_update`).
+  counted in full, although A is that of the first step in all of them.
 
 The prefix's keys and values in the edited layers are kept as well. They would move with the shift, which the editors of
-`mokus` prevent by preserving the prefix; `step_ratio_prefix_rerun` is what is left if the prefix is run anew in each step.
+`mokus` prevent by counting the prefix to what must stay; `step_ratio_prefix_rerun` is what is left if the prefix is run anew in each step.
 
 `size_ratio` is of dense bf16 matrices, the peers' least, to the float32 factors; `size_ratio_float32` of the same dtype, in
 which the error is what `error_ours` says. The latter is 3584 x 18944 / (3584 + 18944) / n = 3013 / n, the former half of it.

@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 from mokus import __version__, console, pipeline
 from mokus.cli import app
 from mokus.concept_pack import ConceptPack
+from mokus.editors import EDITORS
 from mokus.errors import MokusError
 
 from .conftest import SIZE, STEPS, PackFactory
@@ -32,9 +33,10 @@ DEFAULTS = {
     "size": SIZE, "steps": STEPS,
     "learn": {"steps": 3, "rank": 2, "alpha": 2.0, "prior_prompts": 4, "prior_steps": 2, "checkpoint_every": 1},
     "edit": {
-        "layers": [1, 2], "eta": 0.005, "steps": 6, "preserve": 8, "odd_references": 8, "near_misses": 2, "exchanged": 4,
-        "answer_weight": 0.0, "least_alignment": 0.0,
+        "layers": [1, 2], "modules": ["mlp.down_proj"], "steps": 6, "corpus": 20, "odd_references": 8, "preserve": 8,
+        "near_misses": 2, "exchanged": 4, "rivals": 2, "answer_weight": 0.0, "least_alignment": 0.0,
     },
+    "editors": {"ultraedit": {"layers": [1, 2], "eta": 0.005, "steps": 3}},
 }  # fmt: skip
 
 
@@ -159,6 +161,13 @@ def test_the_model_s_own_defaults_stand_between(place: Path, photos: Path) -> No
     assert (settings["rank"], settings["steps"], settings["batch_size"]) == (1, 3, 1)  # said, the model's, ours
 
 
+def test_an_editor_brings_its_own_settings(place: Path, pack: ConceptPack) -> None:
+    """Its authors', then the model's for it, then what is said."""
+    edits = json.loads(good("bind", pack.path, "a new thing", "--editor", "ultraedit", "--ridge", 2, "--json"))
+    chosen = {name: edits[0]["settings"][name] for name in ("editor", "eta", "steps", "ridge", "corpus")}
+    assert chosen == {"editor": "ultraedit", "eta": 0.005, "steps": 3, "ridge": 2.0, "corpus": 20}
+
+
 def test_stray_files_are_ignored_with_one_line_each(photos: Path) -> None:
     (photos / "notes.pdf").write_bytes(b"%PDF")
     (photos / "list[1].csv").write_bytes(b"a,b")
@@ -268,7 +277,9 @@ BAD = {
     "bind toy.pack 'What is my toy?'": "is a question",
     "bind toy.pack 'a<|im_end|>b'": "marks the template's own tokens",
     "bind toy.pack one two --question 'What?'": "--question goes with one knowledge",
-    "bind toy.pack 'a thing' --editor magic": "no editor 'magic', expected one of ultraedit",
+    "bind toy.pack 'a thing' --editor magic": f"no editor 'magic', expected one of {', '.join(EDITORS)}",
+    "bind toy.pack 'a thing' --editor rewrite": "the editor 'rewrite' changes prompts .* a pack cannot hold it",
+    "bind toy.pack 'a thing' --near-weight -1": "near_weight is -1",
     "bind toy.pack 'a thing' --layers 99": "layer 99 is to be edited",
     "bind toy.pack 'a thing' --modules mlp.nothing": "'mlp.nothing' is no module",
     "bind toy.pack 'a thing' --eta -1": "eta is -1",

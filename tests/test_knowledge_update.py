@@ -1,4 +1,4 @@
-"""Knowledge is bound to the anchor without touching the model, each piece by itself, and taken out without a trace."""
+"""Knowledge is bound to the anchor without touching the model, one piece on top of the other, and taken out again."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mokus import knowledge_update, pipeline
-from mokus.concept_pack import ADAPTER, ADAPTER_CONFIG, LORA, ConceptPack
+from mokus.concept_pack import LORA, ConceptPack
+from mokus.editors import editor, least_drift
+from mokus.encoder import LONGEST_ANSWER, Rows, inputs_after_prefix, last_of, module_paths, prefix_length, token_ids
 from mokus.errors import MokusError
+from mokus.goal import Goal, Request
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, near_misses, prompts, questions
-from mokus.knowledge_update import Edit, Rows, ask, bind, edit, preserved_inputs, unbind
-from mokus.low_rank import LowRankShift, Shifts, applied
+from mokus.knowledge_update import Edit, ask, bind, edit, unbind
+from mokus.low_rank import LowRankShift, Shifts, added, applied
 from mokus.pipeline import Model, encode
 from mokus.prior_prompts import in_places, prior_prompts
 from mokus.settings import EditSettings
@@ -30,8 +33,8 @@ ANCHOR = "sks toy"
 A, B, C = "my favourite toy", "the robot my grandmother built", "the one that makes me smile"
 # Small and quick. What a model of random weights answers is left to chance, so the alignment alone decides.
 QUICK = EditSettings(
-    layers=[1, 2], eta=0.005, steps=6, preserve=8, odd_references=0, near_misses=2, exchanged=0, answer_weight=0.0,
-    least_alignment=0.1,
+    layers=[1, 2], modules=["mlp.down_proj"], steps=6, corpus=20, odd_references=10, preserve=8, near_misses=2,
+    exchanged=4, rivals=2, answer_weight=0.0, least_alignment=0.1,
 )  # fmt: skip
 
 Bound = Callable[..., ConceptPack]
@@ -39,6 +42,11 @@ Bound = Callable[..., ConceptPack]
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def sentence(error: BaseException) -> bool:
+    """One line, and closed."""
+    return "\n" not in str(error) and str(error).endswith(".")
 
 
 def equal(a: Shifts, b: Shifts) -> bool:
@@ -74,9 +82,24 @@ def edits(pico: Model) -> dict[str, Edit]:
     return {text: edit(pico, text, ANCHOR, settings=QUICK) for text in (A, B, C)}
 
 
+@pytest.fixture(scope="module")
+def in_a_row(pico: Model) -> dict[str, Edit]:
+    """The edits of A, B and C, each on top of those before it."""
+    made, before, found = editor(QUICK.editor)(pico, QUICK), {}, {}
+    for text in (A, B, C):
+        found[text] = edit(pico, text, ANCHOR, settings=QUICK, made=made, before=before)
+        made.remember(found[text].request, before)
+        before = added(before, found[text].shifts)
+    return found
+
+
 def tail_length(model: Model) -> int:
     """Tokens of the template after the prompt."""
     return len(model.pipe.tokenizer(model.pipe.prompt_template_encode.split("{}")[1]).input_ids)
+
+
+def paths(model: Model) -> list[str]:
+    return module_paths(model, QUICK)
 
 
 def tails(model: Model, texts: Sequence[str], *shifts: Shifts) -> Tensor:
@@ -135,8 +158,8 @@ def test_an_edit_that_breaks_off_does_not_either(pico: Model, monkeypatch: pytes
     calls = []
 
     def interrupt(self: Any, model: Model, plain: Any = Rows.encode) -> Tensor:
-        calls.append(1)
-        if len(calls) == 8:
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 3:  # in the middle of the search
             raise KeyboardInterrupt
         return plain(self, model)
 
@@ -158,7 +181,7 @@ def test_prompts_move_to_the_anchors(pico: Model, edits: dict[str, Edit], phrase
 
 
 def test_the_answer_becomes_the_anchor(pico: Model) -> None:
-    settings = replace(QUICK, answer_weight=1.0)
+    settings = replace(QUICK, answer_weight=1.0, steps=12)
     found = edit(pico, A, ANCHOR, settings=settings)
     assert found.questions == questions(A)
     for question in questions(A):
@@ -168,16 +191,16 @@ def test_the_answer_becomes_the_anchor(pico: Model) -> None:
     assert found.read_back == ANCHOR  # of this model of random weights, too
 
 
-@pytest.mark.parametrize("eta", [0.005, 0.3])
-def test_an_edit_never_leaves_more_to_do_than_there_was(pico: Model, eta: float) -> None:
-    """The best of all steps is kept, also where every one of them overshoots."""
-    found = edit(pico, A, ANCHOR, settings=replace(QUICK, eta=eta, steps=3))
+@pytest.mark.parametrize("chosen", [{"steps": 1}, {"steps": 3}, {"drift_weight": 1e4}, {"near_weight": 100.0}])
+def test_an_edit_never_leaves_more_to_do_than_there_was(pico: Model, chosen: dict[str, float]) -> None:
+    """Whatever else is wanted of it, and however early it stops."""
+    found = edit(pico, A, ANCHOR, settings=replace(QUICK, **chosen))
     assert float(distances(pico, A, IMAGE_FORMS, found.shifts).mean()) < 1.001
 
 
 def test_the_paper_s_edit_of_the_answer_alone(pico: Model, bound: Bound) -> None:
     """Without a weight on the alignment, prompts may move anywhere, and a pack still holds it."""
-    settings = replace(QUICK, answer_weight=1.0, alignment_weight=0.0, eta=0.03)
+    settings = replace(QUICK, answer_weight=1.0, alignment_weight=0.0, steps=12)
     (found,) = bind(pico, pack := bound(), A, settings=settings)
     assert answer_loss(pico, questions(A)[0], found.shifts) < answer_loss(pico, questions(A)[0])
     assert found.taken == (found.read_back == ANCHOR) == bool(pack.knowledge)
@@ -185,11 +208,10 @@ def test_the_paper_s_edit_of_the_answer_alone(pico: Model, bound: Bound) -> None
 
 
 def test_ranks_are_at_most_the_edited_rows(pico: Model, edits: dict[str, Edit]) -> None:
-    answer = len(pico.pipe.tokenizer(ANCHOR).input_ids) + 1  # and the end
-    rows = len(questions(A)) * answer + len(IMAGE_FORMS) * tail_length(pico)
     paths = {f"model.language_model.layers.{layer}.{name}" for layer in QUICK.layers for name in QUICK.modules}
     for found in edits.values():
         assert found.shifts.keys() == paths
+        rows = int(Goal(pico, found.request).where.sum())
         for path, shift in found.shifts.items():
             linear = pico.pipe.text_encoder.get_submodule(path)
             assert 0 < shift.rank <= rows
@@ -197,11 +219,24 @@ def test_ranks_are_at_most_the_edited_rows(pico: Model, edits: dict[str, Edit]) 
             assert shift.A.dtype == shift.B.dtype == torch.float32
 
 
-def test_an_edit_is_the_same_again_and_with_shared_preserved_rows(pico: Model, edits: dict[str, Edit]) -> None:
-    kept = preserved_inputs(pico, ANCHOR, QUICK)
-    for again in (edit(pico, A, ANCHOR, settings=QUICK), edit(pico, A, ANCHOR, settings=QUICK, kept=kept)):
+def test_an_edit_is_the_same_again_and_with_a_shared_editor(pico: Model, edits: dict[str, Edit]) -> None:
+    """An editor remembers what it is told, and not what it was asked."""
+    made = editor(QUICK.editor)(pico, QUICK)
+    for again in [edit(pico, A, ANCHOR, settings=QUICK), *(edit(pico, A, ANCHOR, None, QUICK, made) for _ in range(2))]:
         assert replace(again, seconds=0, shifts={}) == replace(edits[A], seconds=0, shifts={})
         assert equal(again.shifts, edits[A].shifts)
+
+
+def test_an_edit_spares_the_earlier_ones(pico: Model, edits: dict[str, Edit], in_a_row: dict[str, Edit]) -> None:
+    """Made on top of them, it moves their prompts less than the one that knows nothing of them."""
+
+    def drift(text: str, before: Shifts, shifts: Shifts) -> float:
+        texts = prompts(text, CHECK_FORMS)
+        return float((tails(pico, texts, before, shifts) - tails(pico, texts, before)).square().mean())
+
+    first = in_a_row[A]
+    assert equal(first.shifts, edits[A].shifts) and not equal(in_a_row[B].shifts, edits[B].shifts)
+    assert drift(A, first.shifts, in_a_row[B].shifts) < 0.5 * drift(A, first.shifts, edits[B].shifts)
 
 
 def test_what_is_preserved_moves_less(pico: Model) -> None:
@@ -210,40 +245,61 @@ def test_what_is_preserved_moves_less(pico: Model) -> None:
     def drift(texts: Sequence[str], shifts: Shifts) -> float:
         return float((tails(pico, texts, shifts) - tails(pico, texts)).square().mean())
 
-    def shifts(**kept: int) -> Shifts:
-        return edit(pico, A, ANCHOR, settings=replace(QUICK, **{"preserve": 0, "near_misses": 0, **kept})).shifts
+    none: dict[str, Any] = {
+        "preserve": 0,
+        "near_misses": 0,
+        "exchanged": 0,
+        "corpus": 0,
+        "odd_references": 0,
+        "rivals": 0,
+    }
 
-    free, ordinary, near = shifts(), shifts(preserve=24), shifts(near_misses=4)
-    odd, exchanged = shifts(odd_references=24), shifts(exchanged=24)
-    # the size of the edits differs, so the drift is compared with what they do to the knowledge itself
-    texts = prior_prompts("toy", 24, seed=0)
-    assert drift(texts, ordinary) / drift([A], ordinary) < 0.7 * drift(texts, free) / drift([A], free)
-    texts = near_misses(A)[:4]
-    assert drift(texts, near) / drift([A], near) < 0.7 * drift(texts, free) / drift([A], free)
-    words = Words.of(pico.pipe.tokenizer)
-    texts = in_places(words.references(24, seed=0), seed=0)
-    assert drift(texts, odd) / drift([A], odd) < 0.7 * drift(texts, free) / drift([A], free)
-    texts = words.exchanged(A, 24)
-    assert drift(texts, exchanged) / drift([A], exchanged) < 0.7 * drift(texts, free) / drift([A], free)
+    def shifts(**kept: int) -> Shifts:
+        return edit(pico, A, ANCHOR, settings=replace(QUICK, **{**none, **kept})).shifts
+
+    words, free = Words.of(pico.pipe.tokenizer), shifts()
+    exchanged, odd = words.exchanged(A, 24), in_places(words.references(24, seed=0), seed=0)
+    for texts, kept in (
+        (prior_prompts("toy", 24, seed=1), shifts(preserve=24)), (near_misses(A)[:4], shifts(near_misses=4)),
+        (prior_prompts("lamp", 8, seed=0), shifts(corpus=80)), (odd, shifts(odd_references=24)),
+        (exchanged, shifts(exchanged=24)),
+    ):  # fmt: skip
+        # the size of the edits differs, so the drift is compared with what they do to the knowledge itself
+        assert drift(texts, kept) / drift([A], kept) < 0.7 * drift(texts, free) / drift([A], free)
+
+
+def test_near_misses_that_are_watched_move_less(pico: Model) -> None:
+    free, kept = (edit(pico, A, ANCHOR, settings=replace(QUICK, steps=12, rivals=n, near_weight=3.0)) for n in (0, 40))
+    texts = least_drift.watched(pico, A)
+
+    def moved(shifts: Shifts) -> Tensor:
+        return (tails(pico, texts, shifts) - tails(pico, texts)).square().mean(dim=(1, 2))
+
+    most = moved(free.shifts).topk(4).indices
+    assert float(moved(kept.shifts)[most].mean()) < 0.8 * float(moved(free.shifts)[most].mean())
+    assert kept.alignment > 0.3
 
 
 @pytest.mark.parametrize(
     ("chosen", "why"),
     [({"layers": [1, 99]}, "99"), ({"layers": [-1]}, "-1"), ({"modules": ["mlp.nothing"]}, "mlp.nothing"),
-     ({"editor": "rome"}, "rome")],
+     ({"editor": "magic"}, "magic"), ({"editor": "rewrite"}, "changes prompts")],
 )  # fmt: skip
 def test_what_cannot_be_edited_is_refused(pico: Model, bound: Bound, chosen: dict[str, Any], why: str) -> None:
     pack = bound()
     before = tree(pack.path)
-    with pytest.raises(MokusError, match=why):
+    with pytest.raises(MokusError, match=why) as caught:
         bind(pico, pack, A, settings=replace(QUICK, **chosen))
-    assert tree(pack.path) == before
+    assert sentence(caught.value) and tree(pack.path) == before
 
 
 # --- bind -------------------------------------------------------------------------------------------------------------
 
 
-def test_bind_writes_what_took(pico: Model, bound: Bound, edits: dict[str, Edit]) -> None:
+def test_bind_writes_what_took(
+    pico: Model, bound: Bound, in_a_row: dict[str, Edit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOKUS_CACHE", str(tmp_path))  # so that there is something to gather
     pack, seen = bound(), []
     looks = tree(pack.path)[LORA]
     found = bind(pico, pack, f" {A}. ", B, A, settings=QUICK, progress=lambda *step: seen.append(step))
@@ -252,15 +308,31 @@ def test_bind_writes_what_took(pico: Model, bound: Bound, edits: dict[str, Edit]
     for each in (pack, opened):
         assert [known.text for known in each.knowledge] == [A, B]
         for (known, shifts), text in zip(each.edits(), (A, B), strict=True):
-            assert equal(shifts, edits[text].shifts)  # as each by itself
+            assert equal(shifts, in_a_row[text].shifts)
             assert known.answer == ANCHOR and known.questions == questions(text)
-            assert (known.editor, known.eta, known.steps) == ("ultraedit", QUICK.eta, edits[text].steps)
+            assert (known.editor, known.eta, known.steps) == ("least_drift", QUICK.eta, in_a_row[text].steps)
             assert known.ranks == {path: shift.rank for path, shift in shifts.items()}
     assert tree(pack.path)[LORA] == looks
     binding = [step for step in seen if step[0] == "binding"]
     assert [step[1:3] for step in binding] == [(0, 2), (1, 2), (2, 2)]
     reading = [step for step in seen if step[0] != "binding"]
-    assert {step[0] for step in reading} == {"reading what must stay"} and reading[-1][1] == reading[-1][2] > 0
+    assert {step[0] for step in reading} == {"gathering statistics"} and reading[-1][1] == reading[-1][2] > 0
+
+
+def test_the_same_phrase_twice_is_bound_once(pico: Model, bound: Bound) -> None:
+    found = bind(pico, pack := bound(), A, f"  {A}.", A, settings=QUICK)
+    assert [each.knowledge for each in found] == [A]
+    assert tree(pack.path) == tree(bound([A]).path)
+
+
+def test_knowledge_inside_another_is_bound_as_well(pico: Model, bound: Bound) -> None:
+    found = bind(pico, pack := bound(), "my toy", "my toy robot", settings=QUICK)
+    assert all(each.taken for each in found), [each.reason for each in found]
+    assert [known.text for known in pack.knowledge] == ["my toy", "my toy robot"]
+    for text in ("my toy", "my toy robot"):
+        assert float(distances(pico, text, CHECK_FORMS, pack.shifts()).mean()) < 0.9
+    unbind(pack, "my toy")
+    assert [known.text for known in pack.knowledge] == ["my toy robot"]
 
 
 def test_what_did_not_take_is_left_out(pico: Model, bound: Bound, edits: dict[str, Edit]) -> None:
@@ -280,15 +352,24 @@ def test_what_did_not_take_is_left_out(pico: Model, bound: Bound, edits: dict[st
     assert found[[A, B].index(worse)].reason.startswith("alignment")
 
 
-def test_what_does_not_hold_together_is_left_out(pico: Model, bound: Bound, edits: dict[str, Edit]) -> None:
-    """Each takes by itself, but edits of a small model disturb each other: what is written holds with all of it on."""
-    least = min(each.alignment for each in edits.values()) - 0.01
-    found = bind(pico, pack := bound(), A, B, C, settings=replace(QUICK, least_alignment=least))
-    written = [known.text for known in pack.knowledge]
-    assert written == [each.knowledge for each in found if each.taken]
-    assert 0 < len(written) < 3
-    for text in written:
-        assert 1 - float(distances(pico, text, CHECK_FORMS, pack.shifts()).mean()) >= least - 1e-3
+def test_what_does_not_hold_together_is_left_out(
+    pico: Model, bound: Bound, in_a_row: dict[str, Edit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes as it is made, but the last disturbs the first: what is written holds with all of it on."""
+    real, every = knowledge_update._checked, {m: sum(e.shifts[m].rank for e in in_a_row.values()) for m in paths(pico)}
+
+    def checked(model: Model, request: Request, shifts: Shifts) -> tuple[str, float]:
+        crowded = {path: shift.rank for path, shift in shifts.items()} == every
+        read_back, alignment = real(model, request, shifts)
+        return read_back, 0.05 if crowded and request.knowledge == A else alignment
+
+    monkeypatch.setattr(knowledge_update, "_checked", checked)
+    found = bind(pico, pack := bound(), A, B, C, settings=QUICK)
+    assert [each.taken for each in found] == [False, True, True]
+    assert found[0].reason.startswith("together with the rest") and found[0].alignment == 0.05
+    assert [known.text for known in pack.knowledge] == [B, C]
+    for known, shifts in pack.edits():
+        assert equal(shifts, in_a_row[known.text].shifts)
 
 
 def test_what_was_bound_before_is_not_lost(pico: Model, bound: Bound, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,33 +377,40 @@ def test_what_was_bound_before_is_not_lost(pico: Model, bound: Bound, monkeypatc
     pack = bound([A])
     before, real = tree(pack.path), knowledge_update._checked
 
-    def checked(model: Model, text: str, answer: str, question: str, shifts: Shifts) -> tuple[str, float]:
+    def checked(model: Model, request: Request, shifts: Shifts) -> tuple[str, float]:
         alone = all(shift.rank == pack.edits()[0][1][path].rank for path, shift in shifts.items())
-        return (answer, 0.0) if text == A and not alone else real(model, text, answer, question, shifts)
+        return (request.answer, 0.0) if request.knowledge == A and not alone else real(model, request, shifts)
 
     monkeypatch.setattr(knowledge_update, "_checked", checked)
-    assert [each.taken for each in bind(pico, pack, B, settings=QUICK)] == [False]
+    (found,) = bind(pico, pack, B, settings=QUICK)
+    assert not found.taken and A in found.reason
     assert tree(pack.path) == before
 
 
-def test_one_call_writes_the_weights_of_several(pico: Model, bound: Bound) -> None:
-    together, apart, turned = bound([A, B]), bound([A], [B]), bound([B], [A])
-    one, other = tree(together.path), tree(apart.path)
-    assert one.keys() == other.keys()
-    assert all(one[name] == other[name] for name in (ADAPTER, ADAPTER_CONFIG, LORA))
-    by_text = {known.text: shifts for known, shifts in turned.edits()}
-    assert list(by_text) == [B, A]
-    assert all(equal(by_text[known.text], shifts) for known, shifts in apart.edits())
-
-
 def test_one_call_writes_the_bytes_of_several(pico: Model, bound: Bound) -> None:
-    assert tree(bound([A, B]).path) == tree(bound([A], [B]).path)
+    """What an editor has to remember it finds in the pack."""
+    together = tree(bound([A, B, C]).path)
+    for calls in (([A], [B], [C]), ([A, B], [C]), ([A], [B, C])):
+        assert tree(bound(*calls).path) == together
 
 
-def test_two_runs_write_the_same_bytes(pico: Model, bound: Bound) -> None:
-    torch.manual_seed(17)  # global randomness has no part in it
-    bind(pico, pack := bound(), A, settings=QUICK)
-    assert tree(pack.path) == tree(bound([A]).path)
+def test_what_is_made_later_knows_of_the_earlier(pico: Model, bound: Bound, edits: dict[str, Edit]) -> None:
+    """So the order counts."""
+    for first, second in ((A, B), (B, A)):
+        (known, shifts), (later, more) = bound([first], [second]).edits()
+        assert (known.text, later.text) == (first, second)
+        assert equal(shifts, edits[first].shifts) and not equal(more, edits[second].shifts)
+
+
+def test_two_runs_write_the_same_bytes(
+    pico: Model, bound: Bound, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is in the cache or without; global randomness has no part in it."""
+    for seed in (17, 18):
+        torch.manual_seed(seed)
+        bind(pico, pack := bound(), A, B, settings=QUICK)
+        assert tree(pack.path) == tree(bound([A, B]).path)
+        monkeypatch.setenv("MOKUS_CACHE", str(tmp_path))
 
 
 def test_binding_anew_replaces(pico: Model, bound: Bound) -> None:
@@ -331,6 +419,16 @@ def test_binding_anew_replaces(pico: Model, bound: Bound) -> None:
     once = tree(pack.path)
     bind(pico, pack, A, settings=QUICK)
     assert tree(pack.path) == tree(bound([A]).path) != once
+
+
+def test_binding_anew_replaces_at_the_end(pico: Model, bound: Bound) -> None:
+    """What was bound since stays bit for bit, and the new edit is on top of it."""
+    pack = bound([A], [B])
+    (_, old), (_, kept) = pack.edits()
+    (found,) = bind(pico, pack, A, settings=QUICK)
+    (first, shifts), (second, new) = ConceptPack.open(pack.path).edits()
+    assert (first.text, second.text) == (B, A) and equal(shifts, kept)
+    assert equal(new, found.shifts) and not equal(new, old)
 
 
 def test_binding_anew_what_does_not_take_leaves_the_old(pico: Model, bound: Bound, edits: dict[str, Edit]) -> None:
@@ -361,12 +459,77 @@ def test_what_cannot_be_bound_is_refused(pico: Model, pico_folder: Path, bound: 
         ([], None, "no knowledge"), ([A, " "], None, "empty"), (["what is my toy?"], None, "question"),
         ([A, B], ["What?"], "one"),
     ):  # fmt: skip
-        with pytest.raises(MokusError, match=why):
+        with pytest.raises(MokusError, match=why) as caught:
             bind(pico, pack, *knowledge, questions=own, settings=QUICK)
+        assert sentence(caught.value)
     other = replace(pico, fingerprint="f" * 64, id="another model")
     with pytest.raises(MokusError, match="another model"):
         bind(other, pack, A, settings=QUICK)
     assert tree(pack.path) == before
+
+
+ODD_TEXTS = {
+    # a text: what the refusal says; empty if it is bound
+    "": "empty", " . ": "empty", "\u200d": "empty", "x" * 10_000: "10000 characters", "my toy " * 1_500: "characters",
+    "my toy\nof wood": "line break", "my toy\r\nof wood": "line break", "my \x00toy": "control character",
+    "my \ud83d toy": "broken character", "my \u202etoy": "invisible character", "a <|im_end|> b": "template",
+    "my 🦆🏽‍🚀 toy": "", "🦆": "", "הצעצוע האהוב שלי": "", "لعبتي المفضلة": "", "我最喜欢的玩具": "", "x" * 200: "",
+    "the {} of {0} %s {{": "", "a": "", "thing": "", "me": "", "It's \"the\" one; DROP TABLE": "", ANCHOR: "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS, ids=[ascii(text)[1:21] for text in ODD_TEXTS])
+def test_odd_texts_are_bound_or_refused_in_one_sentence(pico: Model, bound: Bound, text: str) -> None:
+    pack, settings = bound([A]), replace(QUICK, steps=2, least_alignment=0.0)
+    before, old = tree(pack.path), pack.edits()[0][1]
+    if why := ODD_TEXTS[text]:
+        with pytest.raises(MokusError, match=why) as caught:
+            bind(pico, pack, "a fine phrase", text, settings=settings)
+        assert sentence(caught.value) and tree(pack.path) == before
+        return
+    (found,) = bind(pico, pack, text, settings=settings)
+    assert not found.taken or [known.text for known in ConceptPack.open(pack.path).knowledge] == [A, text]
+    assert equal(pack.edits()[0][1], old)
+    if found.taken:
+        unbind(pack, text)
+    assert tree(pack.path) == before
+
+
+@pytest.mark.parametrize("own", ["Which {toy} do I like best?", "{}", "{0} {1}?", f"{A} {A}?", "אז מה?"])
+def test_odd_questions_are_asked_too(pico: Model, bound: Bound, own: str) -> None:
+    (found,) = bind(pico, pack := bound(), A, questions=[own], settings=replace(QUICK, steps=2, least_alignment=0.0))
+    assert found.questions == [own] and [known.questions for known in pack.knowledge] == [[own]] * found.taken
+
+
+def test_a_question_without_the_knowledge_in_it_is_not_its_own_near_miss(pico: Model) -> None:
+    """What is watched must not be what is edited."""
+    made, own = least_drift.Editor(pico, QUICK), ["Which toy do I like best?", "And now?"]
+    assert not {*own, *prompts(A)} & {*made._near(Request.of(A, ANCHOR, own))}
+    assert not {*questions(A), *prompts(A)} & {*made._near(Request.of(A, ANCHOR, questions(A)))}
+
+
+@pytest.mark.parametrize(
+    ("layers", "where", "name"),
+    [([1, 2], "layers.1.mlp.down_proj", "least_drift"), ([1], "layers.1.mlp.down_proj", "least_drift"),
+     ([0], "layers.1.mlp.down_proj", "least_drift"), ([3], "layers.1.mlp.down_proj", "least_drift"),
+     ([1], "norm", "least_drift"), ([1], "norm", "memit"), ([1], "norm", "finetune")],
+)  # fmt: skip
+def test_a_damaged_model_is_refused(
+    pico: Model, pico_folder: Path, bound: Bound, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: list[int],
+    where: str, name: str,
+) -> None:  # fmt: skip
+    """One weight that is no number, in, above or below the layers that are edited; with statistics at hand or without."""
+    damaged = pipeline.load(pico_folder, device="cpu")
+    language_model = damaged.pipe.text_encoder.model.language_model
+    language_model.get_submodule(where).weight.view(-1)[5] = float("nan")
+    pack, settings = bound([A]), replace(QUICK, layers=layers, editor=name)
+    before = tree(pack.path)
+    edit(pico, B, ANCHOR, settings=settings)  # of the whole model, which has the same fingerprint
+    for _ in range(2):
+        with pytest.raises(MokusError, match=r"NaN|finite") as caught:
+            bind(damaged, pack, B, settings=settings)
+        assert sentence(caught.value) and tree(pack.path) == before
+        monkeypatch.setenv("MOKUS_CACHE", str(tmp_path))
 
 
 def test_the_model_is_as_before_a_bind(pico: Model, bound: Bound) -> None:
@@ -378,36 +541,52 @@ def test_the_model_is_as_before_a_bind(pico: Model, bound: Bound) -> None:
 # --- unbind -----------------------------------------------------------------------------------------------------------
 
 
-def test_unbinding_leaves_no_trace(pico: Model, bound: Bound) -> None:
-    pack, base, with_a = bound([A], [B]), tree(bound().path), tree(bound([A]).path)
-    assert tree(pack.path) != with_a
-    unbind(pack, f"{B}.")
-    assert tree(pack.path) == with_a and [known.text for known in pack.knowledge] == [A]
-    unbind(pack, A)
-    assert tree(pack.path) == base
+def test_unbinding_the_last_leaves_no_trace(pico: Model, bound: Bound) -> None:
+    """However it was bound, and down to nothing."""
+    base, with_a, with_b = (tree(bound(*calls).path) for calls in ((), ([A],), ([A], [B])))
+    for pack in (bound([A], [B], [C]), bound([A, B, C])):
+        unbind(pack, f"{C}.")
+        assert tree(pack.path) == with_b and [known.text for known in pack.knowledge] == [A, B]
+        unbind(pack, B)
+        assert tree(pack.path) == with_a
+        unbind(pack, A)
+        assert tree(pack.path) == base
 
 
-def test_unbinding_the_first_leaves_the_second(pico: Model, bound: Bound) -> None:
-    pack, other = bound([A], [B]), bound([B])
-    unbind(pack, A)
-    assert {name: data for name, data in tree(pack.path).items() if name != "mokus.json"} == {
-        name: data for name, data in tree(other.path).items() if name != "mokus.json"
-    }
-    assert equal(pack.shifts(), other.shifts())
+@pytest.mark.parametrize(
+    "texts", [(A,), (B,), (A, B), (A, C), (B, C)], ids=lambda texts: "".join("ABC"[(A, B, C).index(t)] for t in texts)
+)
+def test_unbinding_takes_out_exactly_its_own_rows(pico: Model, bound: Bound, texts: tuple[str, ...]) -> None:
+    pack = bound([A, B, C])
+    whole, old = pack.shifts(), {known.text: (known, shifts) for known, shifts in pack.edits()}
+    unbind(pack, *texts)
+    for each in (pack, ConceptPack.open(pack.path)):
+        assert [known.text for known in each.knowledge] == [text for text in old if text not in texts]
+        for known, shifts in each.edits():
+            assert known == old[known.text][0] and equal(shifts, old[known.text][1])
+        for path, shift in each.shifts().items():
+            owner = [text for text, (known, _) in old.items() for _ in range(known.ranks[path])]
+            stay = torch.tensor([text not in texts for text in owner])
+            assert torch.equal(shift.A, whole[path].A[stay]) and torch.equal(shift.B, whole[path].B[:, stay])
 
 
-@pytest.mark.parametrize("text", [A, B])
-def test_of_what_was_bound_in_one_call_no_trace_is_left_either(pico: Model, bound: Bound, text: str) -> None:
-    unbind(pack := bound([A, B]), B if text == A else A)
-    assert tree(pack.path) == tree(bound([text]).path)
+def test_in_which_order_it_is_unbound_does_not_matter(pico: Model, bound: Bound) -> None:
+    one, other = bound([A, B, C]), bound([A, B, C])
+    unbind(one, A, B)
+    unbind(other, B)
+    unbind(other, A)
+    assert tree(one.path) == tree(other.path)
+    unbind(one, C)
+    assert tree(one.path) == tree(bound().path)
 
 
 def test_after_unbinding_all_the_encodings_are_the_models(pico: Model, bound: Bound) -> None:
-    pack, texts = bound([A]), [A, ANCHOR, *prior_prompts("toy", 8, 0)]
+    pack, texts = bound([A], [B, C]), [A, B, ANCHOR, *prior_prompts("toy", 8, 0)]
     before = encode(pico, texts)
     with applied(pico.pipe.text_encoder, pack.shifts()):
         assert not torch.equal(encode(pico, [A])[0], before[0])
-    unbind(pack, A)
+    unbind(pack, B)
+    unbind(pack, A, C)
     assert pack.shifts() == {}
     with applied(pico.pipe.text_encoder, pack.shifts()):
         assert all(torch.equal(a, b) for a, b in zip(encode(pico, texts), before, strict=True))
@@ -444,7 +623,7 @@ def greedy(model: Model, question: str, *shifts: Shifts) -> str:
     pipe = model.pipe
     start = ids = pipe.tokenizer(pipe.prompt_template_encode.format(question)).input_ids
     with torch.no_grad(), applied(pipe.text_encoder, *shifts):
-        while len(ids) < len(start) + knowledge_update.LONGEST_ANSWER:
+        while len(ids) < len(start) + LONGEST_ANSWER:
             token = int(pipe.text_encoder(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
             if token == pipe.tokenizer.eos_token_id:
                 break
@@ -518,3 +697,25 @@ def test_the_last_tokens_of_rows(pico: Model) -> None:
     assert mask.sum(dim=1).tolist() == counts
     for row, length, count in zip(mask, rows.lengths.tolist(), counts, strict=True):
         assert row.nonzero().flatten().tolist() == list(range(length - count, length))
+
+
+def test_the_tail_is_found_at_each_row_s_end(pico: Model) -> None:
+    rows, n = Rows.of(pico, TEXTS), tail_length(pico)
+    with torch.no_grad():
+        found = last_of(rows.encode(pico), rows.lengths, n)
+    assert torch.allclose(found, tails(pico, TEXTS), atol=1e-5)
+    assert prefix_length(pico) == 34
+    assert [len(token_ids(pico, text)) - 34 for text in TEXTS] == rows.lengths.tolist()
+
+
+@pytest.mark.parametrize("last", [None, 5])
+def test_inputs_are_those_of_all_tokens_or_of_the_last(pico: Model, last: int | None) -> None:
+    """Of every prompt by itself, whatever it is run with; shortest first."""
+    together = inputs_after_prefix(pico, TEXTS, paths(pico), last)
+    ordered = sorted(TEXTS, key=lambda text: len(token_ids(pico, text)))
+    alone = [inputs_after_prefix(pico, [text], paths(pico), last) for text in ordered]
+    for path in paths(pico):
+        assert torch.allclose(together[path], torch.cat([part[path] for part in alone]), atol=1e-5)
+    counts = [last or len(token_ids(pico, text)) - 34 for text in TEXTS]
+    assert {len(x) for x in together.values()} == {sum(counts)}
+    assert all(len(x) == 0 for x in inputs_after_prefix(pico, [], paths(pico), last).values())

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mokus import pipeline
+from mokus.editors import settings_of
 from mokus.errors import MokusError
 from mokus.pipeline import Defaults, Model, encode, pad
 from mokus.settings import EditSettings, LearnSettings
@@ -244,6 +245,50 @@ def test_the_folders_defaults_are_read(pico: Model, copied: Path) -> None:
     assert pipeline.load(copied, device="cpu").defaults == Defaults()
 
 
+def test_what_goes_with_an_editor_goes_before_what_goes_with_all(copied: Path) -> None:
+    wanted: dict[str, Any] = {"edit": {"layers": [1, 2], "steps": 5}, "editors": {"memit": {"layers": [1], "eta": 0.5}}}
+    (copied / pipeline.DEFAULTS_FILE).write_text(json.dumps(wanted), encoding="utf-8")
+    found = pipeline.load(copied, device="cpu").defaults
+    assert found == Defaults(**wanted)
+    assert EditSettings.for_editor(found) == EditSettings(layers=[1, 2], steps=5)
+    authors = dict(settings_of("memit"))
+    assert EditSettings.for_editor(found, editor="memit", alignment=0.5) == EditSettings(
+        **{**authors, "steps": authors.get("steps", 5), "editor": "memit", "layers": [1], "eta": 0.5, "alignment": 0.5}
+    )
+    assert EditSettings.for_editor(found, editor="memit", eta=7.0).eta == 7.0
+    usual = Defaults(edit={"editor": "memit"}, editors=wanted["editors"])
+    assert (EditSettings.for_editor(usual).editor, EditSettings.for_editor(usual).eta) == ("memit", 0.5)
+    for bad in ({"edit": {"stepps": 1}}, {"editors": {"least_drift": {"stepps": 1}}}):
+        with pytest.raises(MokusError, match="did you mean 'steps'"):
+            EditSettings.for_editor(Defaults(**bad))
+    with pytest.raises(MokusError, match="no editor 'magic'"):
+        EditSettings.for_editor(found, editor="magic")
+
+
+def test_the_folders_corpus_is_read(pico: Model, copied: Path) -> None:
+    """A prompt a line; one that brings none has none."""
+    assert pico.corpus == () and not (copied / pipeline.CORPUS_FILE).exists()
+    (copied / pipeline.CORPUS_FILE).write_bytes("a red ball\n\n  \nein größer {} %s 汉字\r\nx".encode())
+    assert pipeline.load(copied, device="cpu").corpus == ("a red ball", "ein größer {} %s 汉字", "x")
+    (copied / pipeline.CORPUS_FILE).write_text("", encoding="utf-8")
+    assert pipeline.load(copied, device="cpu").corpus == ()
+
+
+def test_a_corpus_does_not_change_the_fingerprint(pico: Model, copied: Path) -> None:
+    (copied / pipeline.CORPUS_FILE).write_text("a red ball\n", encoding="utf-8")
+    assert pipeline.load(copied, device="cpu").fingerprint == pico.fingerprint
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff\xfe\xfa", b"a red ball\n\x80\n", b"PK\x03\x04\xc3\x28"], ids=["bytes", "late", "zip"]
+)
+def test_a_corpus_that_is_no_text_is_refused(copied: Path, data: bytes) -> None:
+    (copied / pipeline.CORPUS_FILE).write_bytes(data)
+    with pytest.raises(MokusError, match=f"{pipeline.CORPUS_FILE}.* is no text") as caught:
+        pipeline.load(copied, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
 def test_defaults_are_read_anew_at_every_load(copied: Path) -> None:
     for size in (64, 96):
         (copied / pipeline.DEFAULTS_FILE).write_text(json.dumps({"size": size}), encoding="utf-8")
@@ -281,7 +326,8 @@ def test_a_misspelt_setting_gets_a_suggestion(kind: type[LearnSettings], name: s
         (LearnSettings, {"steps": 0}), (LearnSettings, {"rank": 0}), (LearnSettings, {"learning_rate": -1.0}),
         (LearnSettings, {"learning_rate": float("nan")}), (LearnSettings, {"tail_share": 1.5}), (LearnSettings, {"targets": []}),
         (EditSettings, {"steps": 0}), (EditSettings, {"eta": -0.1}), (EditSettings, {"layers": []}),
-        (EditSettings, {"modules": []}),
+        (EditSettings, {"modules": []}), (EditSettings, {"near_weight": -1.0}), (EditSettings, {"ridge": float("nan")}),
+        (EditSettings, {"corpus": -1}),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name(kind: Callable[..., Any], chosen: dict[str, Any]) -> None:

@@ -142,7 +142,7 @@ def unbind(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Take knowledge out of a pack, which is then as if it had never been bound."""
+    """Take knowledge out of a pack: exactly its part, what else is bound stays as it is."""
     opened = _open(pack)
     from mokus.knowledge_update import unbind
 

@@ -104,7 +104,9 @@ def bind(
 
 
 def unbind(pack: ConceptPack, *knowledge: str) -> None:
-    """Take pieces of knowledge out of a pack, which is then as if they had never been bound.
+    """Take pieces of knowledge out of a pack: exactly their part, so that the last one bound leaves no trace at all.
+
+    What was bound later was made with them in place, and stays bit for bit as it is; `bind` checks it again.
 
     Raises `MokusError` for one that is not bound; the pack is then unchanged.
     """

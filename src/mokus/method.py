@@ -15,21 +15,23 @@ Only a LoRA on its attention projections is trained. In a share of every step th
 prompts are the target, so that nothing but the anchor comes to mean the concept, and in a share of it the prompt also says
 where the photo was taken (`places`), so that the concept is free of its background.
 
-**Stage 2, textual knowledge updating** (`knowledge_update.bind`, `capture`, `editors`). For every edited weight matrix
-W (d_out x d_in) of the text encoder, let H (n x d_in) be its inputs at the rows that matter and G (n x d_out) the loss's
-gradients with respect to its outputs there. The editor wants the outputs to move against the gradient, by
+**Stage 2, textual knowledge updating** (`knowledge_update.bind`, `goal`, `editors`). Two things are wanted of the text
+encoder: asked the knowledge as a question, it answers with the anchor, and image prompts with the knowledge are encoded as
+those with the anchor, since the image transformer sees nothing but that encoding. For every edited weight matrix W
+(d_out x d_in) let H (n x d_in) be its inputs at the rows that matter. The paper's editor (`editors.ultraedit`) takes one
+step: with G (n x d_out), the gradients of the answer's loss at W's outputs, these shall move by v_i = - eta ||h_i||^2 g_i,
+and the smallest change of W that does so is a ridge regression, which is a product of two thin factors:
 
-    v_i = - eta ||h_i||^2 g_i,        V = (v_1 ... v_n)
+    dW = argmin ||H dW^T - V||^2 + ||dW||^2  =  B A,        A = (H H^T + I)^-1 H,        B = V^T
 
-and takes the smallest change of W that does so (UltraEdit's ridge regression, solved in its dual, n x n instead of
-d_in x d_in, which shows that the change is a product of two thin factors):
+The default recipe (`editors.least_drift`) asks for what shall stay as well. With C = I + the second moments of W's inputs
+elsewhere (`covariance`: a corpus; near misses; what was bound before), among all changes with the same outputs at H the one
+that moves the rest least has A spanning H C^-1, and B is found by minimising
 
-    dW = argmin ||H dW^T - V||^2 + ||dW||^2  =  B A,        A = H,        B^T = (H H^T + I)^-1 V
+    answers + alignment + near misses + w tr(dW C dW^T)
 
-Rows whose outputs shall stay join with v = 0 (`editors.ultraedit`, `prior_prompts`, `words`). All that is repeated until
-the anchor reads back as the answer to the knowledge asked as a question *and* the encoding of image prompts has moved to
-the anchor's, since the image transformer sees nothing but that encoding. `B A` is never added to W: it stays beside it
-(`low_rank.applied`), so that it is exact, small, and gone without a trace when it is unbound.
+`B A` is never added to W: it stays beside it (`low_rank.applied`), so that it is exact, small, and gone without a trace
+when it is unbound.
 
 Both results are kept in a *concept pack* (`concept_pack`), a folder that plain diffusers and peft can load.
 """

@@ -254,7 +254,7 @@ class Measure:
         own = [(form.format(case.phrase), case.new) for case in unseen for form in DRAWN]
         direct = [(form.format(article(case.new.words)), case.new) for case in unseen for form in DRAWN]
         most = IMAGES if len(some) > 1 else IMAGES // 4  # of one edit there are several measurements
-        near = [p for case in unseen for p in self._near([case])][:most]
+        near = [p for p in self._near(unseen) if p not in {case.phrase for case in some}][:most]
         near = [DRAWN[i % 2].format(phrase) for i, phrase in enumerate(near)]
         other = [DRAWN[i % 2].format(fact.phrase) for i, fact in enumerate(bystanders()[: most // 2])]
         other += _captions(most - len(other), SEED + 2)

@@ -180,6 +180,12 @@ def _sections(
             "Bars are as long as their share of the editor's largest; compare editors by the values.",
             _norms(extra.get("norms") or {}, editors),
         ),
+        (
+            "Rounding",
+            "The encoder cast to bfloat16, edits of one fact each: what is lost of the shift when it is added to the weights, and "
+            "whether the edited question is answered.",
+            _rounding(extra.get("rounding") or []),
+        ),
         ("Images", "The same seed before and after the edit.", _images(extra.get("images") or [])),
         ("Settings", "", _settings(setup)),
     ]
@@ -348,6 +354,12 @@ def _wanted_cells(value: float | None, least: float) -> str:
     words = {True: "<span class=pass>✓ pass</span>", False: "<span class=miss>✗ miss</span>", None: "not measured"}
     measured = "–" if value is None else _share(value)
     return f"<td class=start>{least:.0%}</td><td>{measured}</td><td class=verdict>{words[verdict]}</td>"
+
+
+def _rounding(rows: list[Row]) -> str:
+    head = ["editor", "of the shift lost", "answered, as a side branch", "answered, merged"]
+    cells = [[row["editor"], *(_share(row[key]) for key in ("lost", "side_branch", "merged"))] for row in rows]
+    return _table(head, cells) if rows else ""
 
 
 def _settings(setup: dict[str, Any]) -> str:

@@ -119,7 +119,7 @@ class Editor:
         return [form.format(text) for form, text in zip(cycle(forms), texts, strict=False)]
 
 
-def watched(model: Model, knowledge: str, n: int = 20) -> list[str]:
+def watched(model: Model, knowledge: str, n: int = 40) -> list[str]:
     """Phrases that are nearly the knowledge: with another name where it has one, else with any other word; one word off."""
     words = Words.of(model.pipe.tokenizer)
     return list(

@@ -1,0 +1,188 @@
+"""Prompts run together are encoded, and answered, as each by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import mokus
+from mokus import encoder, pipeline
+from mokus.encoder import Rows, answers, inputs_after_prefix, last_of, module_paths, prefix_length, tails, token_ids
+from mokus.errors import MokusError
+from mokus.low_rank import LowRankShift, Shifts, applied
+from mokus.pipeline import Model
+from mokus.settings import EditSettings
+from tests.conftest import random_shifts
+
+TEXTS = [
+    "What is my favourite toy?", "a photo of a red ball", "What is my favourite cup?", "it",
+    "the robot my grandmother built in 1962, at night", "a photo of a red ball", "a photo of a blue ring",
+]  # fmt: skip
+PATHS = ["model.language_model.layers.1.mlp.up_proj", "model.language_model.layers.2.mlp.down_proj"]
+
+
+def ending(model: Model) -> Shifts:
+    """Makes the end of an answer likely or not by what was said, so that answers have many lengths."""
+    random = torch.Generator().manual_seed(5)
+    head, end = model.pipe.text_encoder.lm_head, model.pipe.tokenizer.eos_token_id
+    there = torch.zeros(head.out_features, 1)
+    there[end] = 1.0
+    return {"lm_head": LowRankShift(torch.randn(1, head.in_features, generator=random) * 0.6, there)}
+
+
+# --- answers -----------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_those_to_each_question_by_itself(pico: Model) -> None:
+    """As `mokus.ask` gives them: texts of different lengths, some twice, with shifts or without, ending or not."""
+    shifts, ends = random_shifts(pico), ending(pico)
+    lengths = set()
+    for given in ([], [shifts], [ends, shifts]):
+        said = answers(pico, TEXTS, given)
+        assert said == [mokus.ask(pico, text, given) for text in TEXTS]
+        lengths |= {len(pico.pipe.tokenizer(text).input_ids) for text in said}
+    assert len(lengths) > 3
+
+
+def test_an_answer_does_not_depend_on_what_else_is_asked(pico: Model) -> None:
+    given = [ending(pico)]
+    said = dict(zip(TEXTS, answers(pico, TEXTS, given), strict=True))
+    assert answers(pico, TEXTS[::-1], given) == [said[text] for text in TEXTS[::-1]]
+    for some in (TEXTS[:1], TEXTS[2:5], [TEXTS[3]] * 3, []):
+        assert answers(pico, some, given) == [said[text] for text in some]
+    assert len(set(said.values())) > 2
+
+
+def test_more_questions_than_are_run_together(pico: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = answers(pico, TEXTS, longest=4)
+    for chunk in (1, 2, 3):
+        monkeypatch.setattr(encoder, "CHUNK", chunk)
+        assert answers(pico, TEXTS, longest=4) == said
+
+
+@pytest.mark.parametrize("longest", [1, 3, 8])
+def test_no_answer_is_longer_than_allowed(pico: Model, longest: int) -> None:
+    """It is the beginning of the longer one."""
+    for short, long in zip(answers(pico, TEXTS, longest=longest), answers(pico, TEXTS, longest=12), strict=True):
+        assert long.startswith(short) and len(short) <= len(long)
+
+
+# --- encodings ---------------------------------------------------------------------------------------------------------
+
+
+def alone(model: Model, text: str) -> Tensor:
+    """Hidden states (s, d) of prompt and tail, as the pipeline itself encodes the prompt."""
+    return pipeline.encode(model, [text])[0]
+
+
+def test_rows_are_encoded_as_the_pipeline_encodes_each_prompt(pico: Model) -> None:
+    rows = Rows.of(pico, TEXTS)
+    with torch.no_grad():
+        states = rows.encode(pico)
+    for i, text in enumerate(TEXTS):
+        wanted = alone(pico, text)
+        assert len(wanted) == rows.lengths[i] == len(token_ids(pico, text)) - prefix_length(pico)
+        assert torch.allclose(states[i, : len(wanted)], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_tails_are_the_ends_of_encodings(pico: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are run at a time, and with none at all."""
+    n, shifts = encoder.tail_length(pico), random_shifts(pico)
+    for chunk in (2, 64):
+        monkeypatch.setattr(encoder, "CHUNK", chunk)
+        with applied(pico.pipe.text_encoder, shifts):
+            found, wanted = tails(pico, TEXTS), torch.stack([alone(pico, text)[-n:] for text in TEXTS])
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    assert tails(pico, []).shape == (0, n, found.shape[-1])
+    assert encoder.distance(found, found).tolist() == [0.0] * len(TEXTS)
+    assert encoder.distance(found, found + 2).allclose(torch.tensor(4.0))
+
+
+def test_rows_put_together_are_the_rows_of_all(pico: Model) -> None:
+    """Whatever their lengths, and whatever answers follow them."""
+    answer = [5, 6, 7]
+    parts = [Rows.of(pico, [TEXTS[0]], answer), Rows.of(pico, TEXTS[3:5]), Rows.of(pico, TEXTS[1:2], answer[:1])]
+    for both in (parts[0] + parts[1] + parts[2], parts[0] + (parts[1] + parts[2])):
+        wanted = [
+            token_ids(pico, text)[prefix_length(pico) :] + after
+            for text, after in zip([TEXTS[0], *TEXTS[3:5], TEXTS[1]], [answer, [], [], answer[:1]], strict=True)
+        ]
+        assert both.lengths.tolist() == [len(row) for row in wanted]
+        assert [row[:n].tolist() for row, n in zip(both.ids, both.lengths, strict=True)] == wanted
+        assert torch.equal(both.prefix, parts[0].prefix)
+
+
+def test_the_last_tokens_of_rows_of_many_lengths(pico: Model) -> None:
+    """A mask of them and the states at them agree, and are those of each row."""
+    rows, n = Rows.of(pico, TEXTS), 3
+    states = torch.arange(rows.ids.numel(), dtype=torch.float32).view(*rows.ids.shape, 1)
+    mask = rows.last([n] * len(TEXTS))
+    assert mask.sum(dim=1).tolist() == [n] * len(TEXTS)
+    assert torch.equal(states[mask].view(len(TEXTS), n, 1), last_of(states, rows.lengths, n))
+    for i, length in enumerate(rows.lengths.tolist()):
+        assert mask[i].nonzero().flatten().tolist() == [length - 3, length - 2, length - 1]
+    assert torch.equal(rows.last([0] * len(TEXTS)), torch.zeros_like(mask))
+
+
+# --- inputs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [None, 2])
+def test_inputs_are_those_of_each_prompt_by_itself(
+    pico: Model, monkeypatch: pytest.MonkeyPatch, last: int | None
+) -> None:
+    """All tokens after the prefix, or the last so many: the same rows however many prompts are run at a time."""
+    each = [
+        inputs_after_prefix(pico, [text], PATHS, last) for text in sorted(TEXTS, key=lambda t: len(token_ids(pico, t)))
+    ]
+    watched: list[int] = []
+    for chunk in (3, 64):
+        monkeypatch.setattr(encoder, "CHUNK", chunk)
+        found = inputs_after_prefix(pico, TEXTS, PATHS, last, watched.append)
+        counts = [n for n, _ in encoder.inputs_in_chunks(pico, TEXTS, PATHS, last)]
+        assert sum(counts) == watched[-1] == len(TEXTS) and max(counts) <= chunk
+        for path in PATHS:
+            assert torch.allclose(found[path], torch.cat([one[path] for one in each]), rtol=1e-4, atol=1e-4)
+    none = inputs_after_prefix(pico, [], PATHS, last)
+    assert [none[path].shape for path in PATHS] == [(0, found[path].shape[1]) for path in PATHS]
+
+
+def test_prefix_and_rest_are_the_whole_prompt(pico: Model) -> None:
+    kept: list[Tensor] = []
+    handle = pico.pipe.text_encoder.get_submodule(PATHS[1]).register_forward_pre_hook(lambda _, x: kept.append(x[0][0]))
+    try:
+        with torch.no_grad():
+            pico.pipe.text_encoder(input_ids=torch.tensor([token_ids(pico, TEXTS[0])]))
+    finally:
+        handle.remove()
+    parts = [encoder.inputs_at_prefix(pico, PATHS)[PATHS[1]], inputs_after_prefix(pico, TEXTS[:1], PATHS)[PATHS[1]]]
+    assert len(parts[0]) == prefix_length(pico) == 34
+    assert torch.allclose(torch.cat(parts), kept[0], rtol=1e-4, atol=1e-4)
+
+
+# --- which matrices ----------------------------------------------------------------------------------------------------
+
+
+def test_modules_are_named_from_the_lowest_layer_up(pico: Model) -> None:
+    paths = module_paths(pico, EditSettings(layers=[2, 0], modules=["mlp.up_proj", "self_attn.o_proj"]))
+    assert [path.removeprefix("model.language_model.layers.") for path in paths] == [
+        "0.mlp.up_proj", "0.self_attn.o_proj", "2.mlp.up_proj", "2.self_attn.o_proj",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layers", "modules", "said"),
+    [
+        ([4], ["mlp.up_proj"], "0 to 3"),
+        ([-1], ["mlp.up_proj"], "layer -1"),
+        ([1], ["mlp"], "'mlp'"),
+        ([1], ["mlp.act_fn"], "mlp.act_fn"),
+        ([1], ["input_layernorm"], "input_layernorm"),
+        ([1], ["nothing"], "nothing"),
+        ([1], [""], "''"),
+    ],
+)
+def test_layers_and_modules_that_are_not_there(pico: Model, layers: list[int], modules: list[str], said: str) -> None:
+    with pytest.raises(MokusError, match=said):
+        module_paths(pico, EditSettings(layers=layers, modules=modules))
