@@ -20,7 +20,7 @@ of mlp.gate_proj and mlp.up_proj and gradients g (n, 18944) at their outputs. Bo
   counted in full, although A is that of the first step in all of them.
 
 The prefix's keys and values in the edited layers are kept as well. They would move with the shift, which the editors of
-`mokus` prevent by counting the prefix to what must stay; `step_ratio_prefix_rerun` is what is left if the prefix is run anew in each step.
+`mokus` prevent by counting the prefix to what must stay; `step_ratio_prefix_rerun` is what is left if it is run in each step.
 
 `size_ratio` is of dense bf16 matrices, the peers' least, to the float32 factors; `size_ratio_float32` of the same dtype, in
 which the error is what `error_ours` says. The latter is 3584 x 18944 / (3584 + 18944) / n = 3013 / n, the former half of it.

@@ -126,7 +126,6 @@ def test_little_memory_makes_more_passes_and_the_same_moments(
     assert encoded == list(range(CHUNKS)) * passes
 
 
-@pytest.mark.xfail(strict=True, reason="all matrices of a group are taken to be as wide as the last one")
 @pytest.mark.parametrize("memory", [1 << 20, 5 << 19])
 def test_no_pass_takes_more_memory_than_allowed(pico: Model, monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
     """But for a single matrix that does; and two are together if they fit."""
@@ -180,9 +179,6 @@ def test_a_second_call_reads_what_the_first_wrote(
     assert list(moments(pico, PATHS[::-1], CORPUS)) == PATHS[::-1]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="what is read from the cache stays on the CPU, where a GPU's inputs cannot be added"
-)
 def test_what_is_read_comes_to_the_models_device(pico: Model) -> None:
     """As what is gathered does; the device that holds nothing stands for a GPU."""
     moments(pico, PATHS, CORPUS)
@@ -364,7 +360,6 @@ def test_a_damaged_file_is_found_out_and_gathered_anew(
     assert not caplog.records and not encoded
 
 
-@pytest.mark.xfail(strict=True, reason="sha256 covers the matrix, not how many rows and chunks it is of")
 @pytest.mark.parametrize("said", [{"rows": "1"}, {"rows": "-5"}, {"chunks": "1"}])
 def test_a_damaged_count_is_found_out(pico: Model, undisturbed: dict[str, Moments], said: dict[str, str]) -> None:
     """Else means would be of the wrong size, and chunks would be counted twice."""

@@ -24,6 +24,7 @@ from mokus.goal import Goal, Losses, Request
 from mokus.knowledge import questions
 from mokus.low_rank import LowRankShift, Shifts, added, applied
 from mokus.pipeline import Model
+from mokus.prior_prompts import prior_prompts
 from mokus.settings import EditSettings
 from tests.conftest import random_shifts
 
@@ -137,18 +138,7 @@ def test_the_same_edit_twice_is_the_same_bytes(pico: Model, edited: Edited, name
     assert equal(made(name, pico).edit(REQUEST, {})[0], edited(name)[0])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(strict=True, reason="the generator of A goes on with each edit")
-            if name == "finetune_lora"
-            else (),
-        )
-        for name in SHIFTING
-    ],
-)
+@pytest.mark.parametrize("name", SHIFTING)
 def test_an_editor_that_is_told_of_earlier_edits_is_as_one_that_made_them(pico: Model, name: str) -> None:
     """So binding one after the other is binding all at once, to the last bit."""
     one, told = made(name, pico), made(name, pico)
@@ -170,12 +160,12 @@ def test_an_unknown_editor_is_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", EDITORS)
 def test_settings_of_an_editor(pico: Model, name: str) -> None:
-    """Are known; stand between the model's and the model's for this editor; are lost to what the user chooses."""
+    """Are known; the model's go before them, then the model's for this editor, then what the user chooses."""
     own = settings_of(name)
     assert own.keys() <= {f.name for f in fields(EditSettings)}
     plain = replace(pico.defaults, edit={"eta": 0.25, "steps": 3}, editors={})
     found = EditSettings.for_editor(plain, editor=name)
-    assert found == EditSettings(**{"eta": 0.25, "steps": 3, **own, "editor": name})
+    assert found == EditSettings(**{**own, "eta": 0.25, "steps": 3, "editor": name})
     nearer = replace(plain, editors={name: {"eta": 0.5}, "another": {"eta": 0.75}})
     assert EditSettings.for_editor(nearer, editor=name).eta == 0.5
     assert EditSettings.for_editor(nearer, editor=name, eta=2.0).eta == 2.0
@@ -379,15 +369,16 @@ def test_the_value_makes_the_answer_likelier(pico: Model) -> None:
 
 @pytest.mark.parametrize("name", LOCATED)
 def test_located_editors_spread_one_residual_over_the_layers(pico: Model, edited: Edited, name: str) -> None:
-    """Each matrix changes by rank one; the first of two takes half of what is wanted."""
+    """Each matrix changes by rank one; the first of two takes half of what is wanted, the last all that is then left."""
     shifts, goal = edited(name)[0], Goal(pico, REQUEST)
     first, last = shifts
-    lacks = values.value(goal, last, {}, SETTINGS.eta) - values.state(goal, last, {})
+    wanted = values.value(goal, last, {}, SETTINGS.eta)
+    lacks, left = (wanted - values.state(goal, last, so_far) for so_far in ({}, {first: shifts[first]}))
     assert [shift.rank for shift in shifts.values()] == [1, 1]
     assert close(shifts[first].B[:, 0], lacks.mean(dim=0) / 2, 1e-4)
+    assert close(shifts[last].B[:, 0], left.mean(dim=0), 1e-4)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the value is added to an output of another width")
 @pytest.mark.parametrize("name", LOCATED)
 def test_a_module_that_does_not_write_into_the_stream_is_refused(pico: Model, name: str) -> None:
     """The value is a hidden state, so it cannot be an up-projection's output: a user's mistake, not a traceback."""
@@ -474,25 +465,24 @@ def test_the_square_of_b_is_the_drift(pico: Model, rests: list[Tensor]) -> None:
 
 
 def test_all_that_shall_stay_counts_as_elsewhere(pico: Model, rests: list[Tensor]) -> None:
-    """The class word, near misses, what the answer's own prompts are, and earlier edits, the most."""
+    """Besides the corpus the class word, near misses, the answer's own prompts, and earlier edits, the most."""
     one, goal = made("least_drift", pico, layers=[1]), Goal(pico, REQUEST)
     path = one.paths[0]
 
-    def elsewhere(texts: list[str]) -> float:
-        """The share of the inputs that the metric weighs, beyond the corpus."""
-        x = inputs_after_prefix(pico, texts, [path])[path].double()
-        x = x - x @ torch.linalg.pinv(one.moments[path].gram, rtol=1e-9) @ one.moments[path].gram
-        return float(((x @ (rests[-1] - one.moments[path].gram)) * x).sum() / x.square().square().sum())
+    def holds(rest: Tensor, texts: list[str], weight: float = 1.0, last: int | None = None) -> bool:
+        """The inputs of all these prompts are among the rows: R^T R less theirs is positive semidefinite."""
+        x = inputs_after_prefix(pico, texts, [path], last)[path].double()
+        return bool(torch.linalg.eigvalsh(rest - 0.99 * weight * x.T @ x).min() > -1e-6 * rest.norm())
 
     one._bases(goal, REQUEST)
-    before = [elsewhere([text]) for text in ("my favourite book", "a photo of sks toy", OTHER.knowledge)]
-    plain = rests[-1]
     one.remember(OTHER, {})
     one._bases(goal, REQUEST)
-    assert min(before) >= 0 and elsewhere([OTHER.knowledge]) > 10 * before[2]
-    more = rests[-1] - plain
-    rows = inputs_after_prefix(pico, [f"a photo of {OTHER.knowledge}"], [path], last=5)[path].double()
-    assert torch.linalg.eigvalsh(more - 0.99 * least_drift.EARLIER * rows.T @ rows).min() > -1e-4 * more.norm()
+    before, after = (rest - one.moments[path].gram for rest in rests)
+    near = [form.format(text) for text in ("your favourite toy", "his favourite toy") for form in ("{}", "What is {}?")]
+    for texts in (prior_prompts("toy", SETTINGS.preserve, seed=1), near, ["a photo of sks toy", "What is sks toy?"]):
+        assert holds(before, texts) and holds(after, texts)
+    earlier = [f"a photo of {OTHER.knowledge}", f"two friends and {OTHER.knowledge} in a park"]
+    assert holds(after - before, earlier, least_drift.EARLIER, last=5) and not holds(before, earlier, last=5)
 
 
 def test_a_least_drift_edit_gets_nearer_its_goal(pico: Model, edited: Edited) -> None:
@@ -549,7 +539,6 @@ def test_near_misses_that_move_are_held_back(pico: Model) -> None:
     assert moved[1] < moved[0]
 
 
-@pytest.mark.xfail(strict=True, reason="a question that does not hold the knowledge to the letter is taken for a form")
 @pytest.mark.parametrize("asked", ["Which toy do I love most?", "What is My favourite toy?", "What is {odd} about it?"])
 def test_a_question_that_is_asked_is_no_near_miss(pico: Model, asked: str) -> None:
     """Also where the user's question does not say the knowledge, or has braces."""
@@ -662,7 +651,6 @@ def test_what_is_put_in_is_not_rewritten_again_nor_a_pattern() -> None:
     assert rewritten("my toy and your toy", meant) == r"your toy \1 \g<0> and my toy"
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="re ignores case in more letters than str.lower knows")
 @pytest.mark.parametrize("prompt", ["MY FAVOURıTE TOY", "my favourite toyſ", "my fırst toy"])
 def test_letters_whose_capitals_are_ambiguous(prompt: str) -> None:
     """Turkish and old letters match i and s in any case: a prompt with them is rewritten or left, and never fails."""

@@ -98,12 +98,14 @@ def cache_folder() -> Path:
 def _passes(model: Model, paths: Sequence[str]) -> Iterator[list[str]]:
     """The modules in groups whose matrices fit the memory."""
     group: list[str] = []
+    held = 0
     for path in paths:
-        width = model.pipe.text_encoder.get_submodule(path).in_features
-        if group and (len(group) + 1) * 8 * width * width > MEMORY:
+        size = 8 * model.pipe.text_encoder.get_submodule(path).in_features ** 2
+        if group and held + size > MEMORY:
             yield group
-            group = []
+            group, held = [], 0
         group.append(path)
+        held += size
     yield group
 
 
@@ -111,7 +113,7 @@ def _one_pass(
     model: Model, paths: list[str], corpus: Corpus, folder: Path, progress: Progress | None
 ) -> dict[str, Moments]:
     files = {path: folder / f"{_key(model, path, corpus)}.safetensors" for path in paths}
-    state = {path: _read(file, _about(model, path, corpus)) for path, file in files.items()}
+    state = {path: _read(file, _about(model, path, corpus), model.device) for path, file in files.items()}
     chunks = _chunks(corpus)
     total = len(corpus.whole) + len(corpus.tails)
     done = min((known[1] for known in state.values() if known), default=0) if all(state.values()) else 0
@@ -127,7 +129,7 @@ def _one_pass(
                 counted[path] = i + 1
         last = i == len(chunks)
         if late and (last or time.monotonic() - saved > SAVE_EVERY):
-            for path in paths:
+            for path in late:
                 _write(files[path], grams[path], counted[path], _about(model, path, corpus))
             saved = time.monotonic()
         if progress and late:
@@ -164,23 +166,26 @@ def _nothing(model: Model, path: str) -> Moments:
 
 
 def _about(model: Model, path: str, corpus: Corpus) -> dict[str, str]:
-    return {"format": FORMAT, "fingerprint": model.fingerprint, "corpus": corpus.sha256, "module": path}
+    return {"format": f"{FORMAT}/{CHUNK}", "fingerprint": model.fingerprint, "corpus": corpus.sha256, "module": path}
 
 
 def _key(model: Model, path: str, corpus: Corpus) -> str:
     return hashlib.sha256(json.dumps(_about(model, path, corpus)).encode()).hexdigest()[:40]
 
 
-def _read(file: Path, about: dict[str, str]) -> tuple[Moments, int] | None:
+def _read(file: Path, about: dict[str, str], device: torch.device) -> tuple[Moments, int] | None:
     """What is in the cache and how many chunks it has counted; None if there is nothing to trust."""
     if not file.is_file():
         return None
     try:
         with safe_open(file, "pt") as opened:
             said, gram = opened.metadata() or {}, opened.get_tensor("gram")
-        whole = said.get("sha256") == _sha256(gram) and {k: said.get(k) for k in about} == about
+        whole = (
+            said.get("sha256") == _sha256(gram, said.get("rows"), said.get("chunks"))
+            and {k: said.get(k) for k in about} == about
+        )
         if whole and gram.ndim == 2 and gram.shape[0] == gram.shape[1] and bool(gram.isfinite().all()):
-            return Moments(gram, int(said["rows"])), int(said["chunks"])
+            return Moments(gram.to(device), int(said["rows"])), int(said["chunks"])
         why = "is of another model or corpus, or damaged"
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         why = f"cannot be read ({error})"
@@ -190,7 +195,8 @@ def _read(file: Path, about: dict[str, str]) -> tuple[Moments, int] | None:
 
 def _write(file: Path, value: Moments, chunks: int, about: dict[str, str]) -> None:
     gram = value.gram.cpu().contiguous()
-    said = {**about, "rows": str(value.rows), "chunks": str(chunks), "sha256": _sha256(gram)}
+    rows = str(value.rows)
+    said = {**about, "rows": rows, "chunks": str(chunks), "sha256": _sha256(gram, rows, str(chunks))}
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         beside.write_bytes(save({"gram": gram}, said))
@@ -199,5 +205,7 @@ def _write(file: Path, value: Moments, chunks: int, about: dict[str, str]) -> No
         beside.unlink(missing_ok=True)
 
 
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()
+def _sha256(tensor: Tensor, *counts: str | None) -> str:
+    digest = hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes())
+    digest.update("/".join(map(str, counts)).encode())
+    return digest.hexdigest()

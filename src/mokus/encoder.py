@@ -43,9 +43,8 @@ def module_paths(model: Model, settings: EditSettings) -> list[str]:
                 f"{name!r} is no module of the text encoder's layers with a weight matrix, expected names such as "
                 "mlp.gate_proj."
             )
-    return [
-        f"model.language_model.layers.{layer}.{name}" for layer in sorted(settings.layers) for name in settings.modules
-    ]
+    names = dict.fromkeys(settings.modules)
+    return [f"model.language_model.layers.{layer}.{name}" for layer in sorted(set(settings.layers)) for name in names]
 
 
 # --- the template ---------------------------------------------------------

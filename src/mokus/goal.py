@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mokus.capture import recorded
 from mokus.encoder import Rows, answers, distance, last_of, tail_length, tails
+from mokus.errors import MokusError
 from mokus.knowledge import IMAGE_FORMS, prompts
 from mokus.low_rank import Shifts, applied
 
@@ -65,10 +66,14 @@ class Goal:
         self.model, self.encoder, tokenizer = model, model.pipe.text_encoder, model.pipe.tokenizer
         images, meant = prompts(request.knowledge, tuple(forms)), prompts(request.says, tuple(forms))
         said = answers(model, meant, longest=CONTINUED) if continued else []
+        ended = [len(tokenizer(text, add_special_tokens=False).input_ids) < CONTINUED for text in said]
         self.questions, self.tail = len(request.questions), tail_length(model)
         expected = [
-            [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-            for text in [request.answer] * self.questions + said
+            [*tokenizer(text, add_special_tokens=False).input_ids[: CONTINUED if i >= self.questions else None]]
+            + [tokenizer.eos_token_id] * end  # not where the continuation was cut off
+            for i, (text, end) in enumerate(
+                zip([request.answer] * self.questions + said, [True] * self.questions + ended, strict=True)
+            )
         ]
         expected += [[]] * (len(images) - len(said))
         rows = [
@@ -84,6 +89,11 @@ class Goal:
         self.images = slice(self.questions, len(self.labels))
         self.target = tails(model, meant)  # (forms, tail, d)
         self.start = distance(tails(model, images), self.target).clamp(min=1e-8)  # (forms,)
+        if not bool(torch.cat([tails(model, request.questions[:1]), self.target]).isfinite().all()):
+            raise MokusError(
+                "the text encoder encodes prompts as NaN or infinity, so no edit can be found; its weights are damaged or its "
+                "dtype is too narrow: get a whole copy of the model, or load it in float32 or bfloat16."
+            )
 
     @property
     def where(self) -> Tensor:

@@ -207,16 +207,14 @@ def _hold_together(model: Model, edits: list[Edit], pack: ConceptPack, settings:
     while True:
         taken = [i for i, each in enumerate(edits) if each.taken]
         others = _without(pack, edits)
-        everything = added(*(shifts for _, shifts in others), *(edits[i].shifts for i in taken))
+        old = added(*(shifts for _, shifts in others))
+        everything = added(old, *(edits[i].shifts for i in taken))
         now = {i: _checked(model, edits[i].request, everything) for i in taken}
         faults = {i: _fault(now[i][0], edits[i].answer, now[i][1], settings) for i in taken}
         lost = [
-            known.text
-            for known, _ in others
-            for request in [Request.of(known.text, known.answer, known.questions)]
-            for read_back, alignment in [_checked(model, request, everything)]
-            if _fault(read_back, known.answer, alignment, settings)
-        ]
+            known.text for known, _ in others
+            if _fails(model, known, everything, settings) and not _fails(model, known, old, settings)
+        ]  # fmt: skip
         failed = [i for i in taken if faults[i]]
         if not taken or not (failed or lost):
             return edits
@@ -224,6 +222,11 @@ def _hold_together(model: Model, edits: list[Edit], pack: ConceptPack, settings:
         reason = f"together with the rest {faults[weakest]}" if failed else f"with it {lost[0]!r} would not hold"
         read_back, alignment = now[weakest]
         edits[weakest] = replace(edits[weakest], read_back=read_back, alignment=alignment, taken=False, reason=reason)
+
+
+def _fails(model: Model, known: BoundKnowledge, shifts: Shifts, settings: EditSettings) -> bool:
+    read_back, alignment = _checked(model, Request.of(known.text, known.answer, known.questions), shifts)
+    return bool(_fault(read_back, known.answer, alignment, settings))
 
 
 def _bound(edit: Edit) -> BoundKnowledge:
@@ -240,6 +243,6 @@ def _fault(read_back: str, answer: str, alignment: float, settings: EditSettings
     """Why an edit is not good enough; empty if it is."""
     if settings.answer_weight and read_back.strip().rstrip(".").lower() != answer.lower():
         return f"it reads back {read_back[:40]!r}"
-    if settings.alignment_weight and alignment < settings.least_alignment:
+    if settings.alignment_weight and not alignment >= settings.least_alignment:  # also refuses nan
         return f"alignment {alignment:.2f} is below {settings.least_alignment:g}"
     return ""

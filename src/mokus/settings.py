@@ -124,8 +124,8 @@ class EditSettings(_Settings):
 
     @classmethod
     def for_editor(cls, defaults: Defaults, **chosen: Any) -> EditSettings:
-        """The model's defaults, then what the chosen editor differs in, in general and with this model, then what was chosen."""
+        """What the editor's authors use, then the model's defaults, in general and for this editor, then what was chosen."""
         from mokus.editors import settings_of
 
         name = chosen.get("editor") or defaults.edit.get("editor") or cls().editor
-        return cls.for_model({**defaults.edit, **settings_of(name), **defaults.editors.get(name, {})}, **chosen)
+        return cls.for_model({**settings_of(name), **defaults.edit, **defaults.editors.get(name, {})}, **chosen)

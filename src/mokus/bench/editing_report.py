@@ -182,8 +182,8 @@ def _sections(
         ),
         (
             "Rounding",
-            "The encoder cast to bfloat16, edits of one fact each: what is lost of the shift when it is added to the weights, and "
-            "whether the edited question is answered.",
+            "The encoder cast to bfloat16, edits of one fact each: what is lost of the shift when it is added to the weights, "
+            "and whether the edited question is answered.",
             _rounding(extra.get("rounding") or []),
         ),
         ("Images", "The same seed before and after the edit.", _images(extra.get("images") or [])),

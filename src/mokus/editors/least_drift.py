@@ -114,9 +114,13 @@ class Editor:
 
     def _near(self, request: Request) -> list[str]:
         """Prompts with phrases that are nearly the knowledge: the candidates to be watched."""
-        texts = watched(self.model, request.knowledge)
-        forms = (*IMAGE_FORMS, *[q.replace(request.knowledge, "{}") for q in request.questions])
-        return [form.format(text) for form, text in zip(cycle(forms), texts, strict=False)]
+        own = request.knowledge
+        asked = [question for question in request.questions if own in question]
+        found = []
+        for i, text in enumerate(watched(self.model, own)):
+            form = (*IMAGE_FORMS, *asked)[i % (len(IMAGE_FORMS) + len(asked))]
+            found.append(form.format(text) if form in IMAGE_FORMS else form.replace(own, text))
+        return found
 
 
 def watched(model: Model, knowledge: str, n: int = 40) -> list[str]:

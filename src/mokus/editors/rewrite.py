@@ -24,9 +24,11 @@ def rewritten(prompt: str, meant: Mapping[str, str]) -> str:
     """The prompt with each knowledge replaced by what it means, the longest first, as whole words, in any case."""
     if not meant:
         return prompt
-    said = {knowledge.lower(): text for knowledge, text in meant.items()}
-    longest = sorted(map(re.escape, said), key=len, reverse=True)
-    return re.sub(rf"(?<!\w)({'|'.join(longest)})(?!\w)", lambda m: said[m[1].lower()], prompt, flags=re.IGNORECASE)
+    longest = sorted(meant, key=len, reverse=True)
+    pattern = "|".join(f"({re.escape(knowledge)})" for knowledge in longest)
+    return re.sub(
+        rf"(?<!\w)(?:{pattern})(?!\w)", lambda m: meant[longest[(m.lastindex or 1) - 1]], prompt, flags=re.IGNORECASE
+    )
 
 
 class Editor:

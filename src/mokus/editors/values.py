@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mokus.covariance import corpus_of, moments
 from mokus.encoder import module_paths
+from mokus.errors import MokusError
 from mokus.goal import Goal, Request
 from mokus.low_rank import LowRankShift, Shifts, added, applied
 
@@ -35,6 +36,11 @@ class Located:
     def __init__(self, model: Model, settings: EditSettings, progress: Progress | None = None) -> None:
         self.model, self.settings = model, settings
         self.paths = module_paths(model, settings)
+        if wrong := [path for path in self.paths if not path.endswith("mlp.down_proj")]:
+            raise MokusError(
+                f"the editor {settings.editor!r} cannot edit {wrong[0]}, expected mlp.down_proj: it gives a module's output a "
+                "value of the hidden state behind its layer."
+            )
         known = moments(model, self.paths, corpus_of(model, settings), progress)
         self.covariance = {path: known[path].gram / known[path].rows for path in self.paths}  # (d_in, d_in)
 
