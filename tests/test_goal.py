@@ -27,9 +27,11 @@ def goal(pico: Model) -> Goal:
 
 
 def expected(model: Model, text: str, answer: str) -> tuple[list[int], list[int]]:
-    """The tokens of a text in the template, and those of the answer behind it, which ends."""
-    after = [*model.pipe.tokenizer(answer, add_special_tokens=False).input_ids, model.pipe.tokenizer.eos_token_id]
-    return token_ids(model, text), after
+    """The tokens of a text in the template, and those behind it: the answer, which ends, or the first of a continuation."""
+    after, end = model.pipe.tokenizer(answer, add_special_tokens=False).input_ids, [model.pipe.tokenizer.eos_token_id]
+    if answer != ANCHOR and len(after) >= CONTINUED:  # cut off, so nothing is said of where it ends
+        return token_ids(model, text), after[:CONTINUED]
+    return token_ids(model, text), after + end
 
 
 def plain(model: Model, text: str, answer: str, shifts: Shifts | None = None) -> tuple[Tensor, Tensor]:
