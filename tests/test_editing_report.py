@@ -110,8 +110,8 @@ def test_what_is_wanted_is_compared(rows: list[Any]) -> None:
         if measured["editor"] == report.RECIPE and measured["edits"] == 1:
             measured.update(efficacy=0.99, generality_questions=0.969, locality_captions=None)
     html = report.page(rows, {}, {}).split("<h2>Wanted</h2>")[1].split("</section>")[0]
-    assert "1 of 6 after 1 edit and 0 of 7 after 100 edits" in unescape(html)
-    assert html.count("✓ pass") == 1 and html.count("✗ miss") == 12 and html.count("not measured") == 1
+    assert "1 of 7 after 1 edit and 0 of 8 after 100 edits" in unescape(html)
+    assert html.count("✓ pass") == 1 and html.count("✗ miss") == 14 and html.count("not measured") == 1
     assert "<h2>Wanted</h2>" not in report.page([row("memit", 1)], {}, {})
 
 

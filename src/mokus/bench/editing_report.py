@@ -110,6 +110,7 @@ STEP_SIZE = {
 WANTED_AFTER = (1, 100)
 WANTED = [
     ("efficacy", "efficacy", (0.99, 0.97)),
+    ("retention", "retention: all earlier edits", (0.99, 0.97)),
     ("generality_questions", "generality: questions", (0.97, 0.95)),
     ("generality_prompts", "generality: image prompts", (0.97, 0.95)),
     ("locality_facts", "locality: other facts", (0.99, 0.97)),
