@@ -23,7 +23,7 @@ from mokus.errors import MokusError
 from mokus.goal import Goal, Losses, Request
 from mokus.knowledge import questions
 from mokus.low_rank import LowRankShift, Shifts, added, applied
-from mokus.pipeline import Model
+from mokus.pipeline import Model, encode
 from mokus.prior_prompts import prior_prompts
 from mokus.settings import EditSettings
 from tests.conftest import random_shifts
@@ -110,6 +110,8 @@ def test_every_editor_finds_finite_shifts_of_linear_modules(pico: Model, edited:
 def test_the_model_is_left_as_it_was(pico: Model, monkeypatch: pytest.MonkeyPatch, name: str, fails: bool) -> None:
     """Every weight, and no hook stays, also when an edit fails in the middle."""
     encoder = pico.pipe.text_encoder
+    encode(pico, ["a red ball"])  # at the first use transformers adds hooks of its own
+    there = hooks(encoder)
     before, one = {key: value.clone() for key, value in encoder.state_dict().items()}, made(name, pico)
     losses, left = Goal.losses, 1 if name == "ultraedit" else 3
 
@@ -129,7 +131,7 @@ def test_the_model_is_left_as_it_was(pico: Model, monkeypatch: pytest.MonkeyPatc
         one.remember(REQUEST, {})
     after = encoder.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert hooks(encoder) == 0
+    assert hooks(encoder) == there
     assert not any(weight.requires_grad or weight.grad is not None for weight in encoder.parameters())
 
 
