@@ -60,6 +60,7 @@ def test_edits_are_the_same_ones_and_really_new() -> None:
         assert case.fact and case.new.colour != case.fact.subject.colour and case.new.shape != case.fact.subject.shape
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_stopped(pico: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def go(folder: Path, counts: list[int]) -> list[dict[str, Any]]:
         return editing.run(pico, folder, ["rewrite", "finetune_lora"], counts, singles=1, images=False)
@@ -87,6 +88,7 @@ def test_a_run_goes_on_where_it_was_stopped(pico: Model, tmp_path: Path, monkeyp
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_run_is_refused(pico: Model, tmp_path: Path) -> None:
     editing.run(pico, tmp_path, ["rewrite"], [1], singles=1, images=False)
     with pytest.raises(MokusError, match="other settings"):
