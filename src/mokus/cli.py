@@ -318,7 +318,7 @@ def editing(
         rows, page = editing.report(loaded, output, names, counts, singles, images, progress)
     if as_json:
         return _print_json(rows)
-    _out().print(editing.table(rows))
+    _out(width=130).print(editing.table(rows))  # a table without its figures is none
     typer.echo(f"{output / 'results.json'}; open {page}")
 
 
@@ -386,10 +386,10 @@ def _print_edits(edits: list[Edit]) -> None:
             typer.echo(f"{edit.knowledge!r} has not taken and is left unbound: {edit.reason}.")
 
 
-def _out() -> Any:
+def _out(width: int | None = None) -> Any:
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, emoji=False)  # knowledge may look like markup
+    return Console(highlight=False, markup=False, emoji=False, width=width)  # knowledge may look like markup
 
 
 def _print_json(value: Any) -> None:
