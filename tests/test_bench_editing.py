@@ -89,6 +89,13 @@ def test_a_run_goes_on_where_it_was_stopped(pico: Model, tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
+def test_figures_of_fewer_edits_asked_for_later_are_of_so_many(pico: Model, tmp_path: Path) -> None:
+    for counts in ([3], [2, 3]):
+        rows = editing.run(pico, tmp_path, ["rewrite"], counts, singles=1, images=False)
+    assert [row["n"]["retention"] for row in rows[1:]] == [2, 3]
+
+
+@pytest.mark.slow
 def test_a_folder_of_another_run_is_refused(pico: Model, tmp_path: Path) -> None:
     editing.run(pico, tmp_path, ["rewrite"], [1], singles=1, images=False)
     with pytest.raises(MokusError, match="other settings"):

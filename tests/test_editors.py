@@ -656,7 +656,8 @@ def test_what_is_put_in_is_not_rewritten_again_nor_a_pattern() -> None:
 @pytest.mark.parametrize("prompt", ["MY FAVOURıTE TOY", "my favourite toyſ", "my fırst toy"])
 def test_letters_whose_capitals_are_ambiguous(prompt: str) -> None:
     """Turkish and old letters match i and s in any case: a prompt with them is rewritten or left, and never fails."""
-    rewritten(prompt, {"my favourite toy": "sks toy", "my favourite toys": "abc toys", "my first toy": "xyz toy"})
+    meant = {"my favourite toy": "sks toy", "my favourite toys": "abc toys", "my first toy": "xyz toy"}
+    assert rewritten(prompt, meant) in {prompt, *meant.values()}
 
 
 def test_rewriting_keeps_what_it_is_told_and_no_pack_holds_it(pico: Model) -> None:

@@ -393,7 +393,7 @@ def _rows_of(model: Model, folder: Path, name: str, counts: list[int], singles: 
     sequence: _Sequence | None = None
     for count in [count for count in counts if count > 1]:
         if not (folder / "rows" / f"{name}-{count}.json").is_file():
-            sequence = sequence or _Sequence(model, folder, name, measure, max(counts))
+            sequence = sequence or _Sequence(model, folder, name, measure, max(counts), count)
             sequence.extend(count)
         rows.append(_kept(folder, about, count, lambda s=sequence: s.row()))  # type: ignore[misc]
     return rows
@@ -426,25 +426,28 @@ def _one_by_one(model: Model, name: str, singles: int, measure: Measure) -> Row:
 class _Sequence:
     """Edits one after the other, kept in DIR/state, so that a stopped run goes on."""
 
-    def __init__(self, model: Model, folder: Path, name: str, measure: Measure, most: int) -> None:
+    def __init__(self, model: Model, folder: Path, name: str, measure: Measure, most: int, first: int) -> None:
         self.model, self.name, self.measure, self.all = model, name, measure, cases(most)
         self.made = editor(name)(model, EditSettings.for_editor(model.defaults, editor=name))
         self.file = folder / "state" / f"{name}.safetensors"
         self.each: list[Shifts] = []
-        self.edited, self.known, self.seconds = Edited(), {}, 0.0  # type: ignore[var-annotated]
-        self._resume()
+        self.edited, self.known = Edited(), dict[str, bool]()
+        self.seconds: list[float] = []  # of each edit
+        self._resume(first)
 
-    def _resume(self) -> None:
+    def _resume(self, most: int) -> None:
+        """Take in the edits that are kept, but no more than the first figures are of."""
         told = self.file.with_suffix(".json")
         if not (self.file.is_file() and told.is_file()):
             return
         about, tensors = json.loads(told.read_text(encoding="utf-8")), load_file(self.file)
-        if about["fingerprint"] != self.model.fingerprint or len(about["known"]) > len(self.all):
+        if about["fingerprint"] != self.model.fingerprint:
             return
-        for i, case in enumerate(self.all[: len(about["known"])]):
+        kept = self.all[: min(most, len(about["known"]))]
+        for i, case in enumerate(kept):
             paths = sorted({key.split("/")[1] for key in tensors if key.startswith(f"{i}/")})
             self._take(case, {p: LowRankShift(tensors[f"{i}/{p}/A"], tensors[f"{i}/{p}/B"]) for p in paths})
-        self.known, self.seconds = about["known"], about["seconds"]
+        self.known, self.seconds = {c.phrase: about["known"][c.phrase] for c in kept}, about["seconds"][: len(kept)]
 
     def _take(self, case: Case, shifts: Shifts) -> None:
         self.made.remember(case.request, self.edited.shifts)
@@ -459,7 +462,7 @@ class _Sequence:
             began = time.perf_counter()
             shifts, _ = self.made.edit(case.request, self.edited.shifts)
             self._take(case, shifts)
-            self.seconds += time.perf_counter() - began
+            self.seconds.append(time.perf_counter() - began)
             self.known |= _as_made(self.measure, [case], self.edited)
             if self.measure.progress:
                 self.measure.progress(f"{self.name}, edits", len(self.each), len(self.all), {})
@@ -484,7 +487,7 @@ class _Sequence:
         """Figures of all edits so far."""
         row, n = self.measure.row(self.all[: len(self.each)], self.edited, self.known)
         nbytes = sum(map(_nbytes, self.each)) / len(self.each)
-        row |= {"seconds_per_edit": self.seconds / len(self.each), "bytes_per_edit": float(nbytes), "n": n}
+        row |= {"seconds_per_edit": sum(self.seconds) / len(self.each), "bytes_per_edit": float(nbytes), "n": n}
         return {**row, "norms": norms(self.model, self.edited.shifts)}
 
 

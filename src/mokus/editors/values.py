@@ -7,6 +7,7 @@ hidden state behind the last edited layer plus d, which is found by Adam.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ DECAY = 0.05  # weight of ||d||^2 / ||z||^2
 CLAMP = 4.0  # ||d|| <= CLAMP ||z||, as their authors'
 
 
-class Located:
+class Located(ABC):
     """The common part of the three: gathers statistics, finds d, spreads it over the layers."""
 
     def __init__(self, model: Model, settings: EditSettings, progress: Progress | None = None) -> None:
@@ -57,11 +58,11 @@ class Located:
             shifts[path] = LowRankShift(self.spread(path, key.double()).float(), residual[:, None].float())
         return shifts, STEPS
 
+    @abstractmethod
     def spread(self, path: str, key: Tensor) -> Tensor:
         """A (1, d_in) such that residual A is the change of the module with this key (1, d_in)."""
-        raise NotImplementedError
 
-    def remember(self, request: Request, before: Shifts) -> None:
+    def remember(self, request: Request, before: Shifts) -> None:  # noqa: B027  (AlphaEdit alone has something to)
         """See `mokus.editors.Editor`."""
 
 
