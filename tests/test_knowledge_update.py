@@ -16,9 +16,11 @@ from torch import Tensor
 from mokus import knowledge_update, pipeline
 from mokus.concept_pack import LORA, ConceptPack
 from mokus.editors import editor, least_drift
+from mokus.editors.least_drift import goal_of
+from mokus.editors.watch import nearly
 from mokus.encoder import LONGEST_ANSWER, Rows, inputs_after_prefix, last_of, module_paths, prefix_length, token_ids
 from mokus.errors import MokusError
-from mokus.goal import Goal, Request
+from mokus.goal import Request
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, near_misses, prompts, questions
 from mokus.knowledge_update import Edit, ask, bind, edit, unbind
 from mokus.low_rank import LowRankShift, Shifts, added, applied
@@ -33,7 +35,7 @@ ANCHOR = "sks toy"
 A, B, C = "my favourite toy", "the robot my grandmother built", "the one that makes me smile"
 # Small and quick. What a model of random weights answers is left to chance, so the alignment alone decides.
 QUICK = EditSettings(
-    layers=[1, 2], modules=["mlp.down_proj"], steps=6, corpus=20, odd_references=10, preserve=8, near_misses=2,
+    layers=[1, 2], modules=["mlp.down_proj"], steps=12, corpus=20, odd_references=10, preserve=8, near_misses=2,
     exchanged=4, rivals=2, answer_weight=0.0, least_alignment=0.1,
 )  # fmt: skip
 
@@ -88,7 +90,7 @@ def in_a_row(pico: Model) -> dict[str, Edit]:
     made, before, found = editor(QUICK.editor)(pico, QUICK), {}, {}
     for text in (A, B, C):
         found[text] = edit(pico, text, ANCHOR, settings=QUICK, made=made, before=before)
-        made.remember(found[text].request, before)
+        made.remember(found[text].request, before, found[text].shifts)
         before = added(before, found[text].shifts)
     return found
 
@@ -211,7 +213,7 @@ def test_ranks_are_at_most_the_edited_rows(pico: Model, edits: dict[str, Edit]) 
     paths = {f"model.language_model.layers.{layer}.{name}" for layer in QUICK.layers for name in QUICK.modules}
     for found in edits.values():
         assert found.shifts.keys() == paths
-        rows = int(Goal(pico, found.request).where.sum())
+        rows = int(goal_of(pico, found.request).where.sum())
         for path, shift in found.shifts.items():
             linear = pico.pipe.text_encoder.get_submodule(path)
             assert 0 < shift.rank <= rows
@@ -270,7 +272,7 @@ def test_what_is_preserved_moves_less(pico: Model) -> None:
 
 def test_near_misses_that_are_watched_move_less(pico: Model) -> None:
     free, kept = (edit(pico, A, ANCHOR, settings=replace(QUICK, steps=12, rivals=n, near_weight=3.0)) for n in (0, 40))
-    texts = least_drift.watched(pico, A)
+    texts = nearly(pico, A)
 
     def moved(shifts: Shifts) -> Tensor:
         return (tails(pico, texts, shifts) - tails(pico, texts)).square().mean(dim=(1, 2))
@@ -447,7 +449,7 @@ def test_binding_anew_what_does_not_take_leaves_the_old(pico: Model, bound: Boun
 
 def test_own_questions_are_asked(pico: Model, bound: Bound) -> None:
     own = ["Which toy do I like best?", "And now?"]
-    (found,) = bind(pico, pack := bound(), A, questions=own, settings=replace(QUICK, steps=2))
+    (found,) = bind(pico, pack := bound(), A, questions=own, settings=QUICK)
     assert found.questions == own and pack.knowledge[0].questions == own
     assert found.read_back == ask(pico, own[0], [found.shifts])
 
@@ -503,9 +505,9 @@ def test_odd_questions_are_asked_too(pico: Model, bound: Bound, own: str) -> Non
 
 def test_a_question_without_the_knowledge_in_it_is_not_its_own_near_miss(pico: Model) -> None:
     """What is watched must not be what is edited."""
-    made, own = least_drift.Editor(pico, QUICK), ["Which toy do I like best?", "And now?"]
-    assert not {*own, *prompts(A)} & {*made._near(Request.of(A, ANCHOR, own))}
-    assert not {*questions(A), *prompts(A)} & {*made._near(Request.of(A, ANCHOR, questions(A)))}
+    watch, own = least_drift.Editor(pico, QUICK).watch, ["Which toy do I like best?", "And now?"]
+    assert not {*own, *prompts(A)} & {*watch.around(Request.of(A, ANCHOR, own)).texts}
+    assert not {*questions(A), *prompts(A)} & {*watch.around(Request.of(A, ANCHOR, questions(A))).texts}
 
 
 @pytest.mark.parametrize(

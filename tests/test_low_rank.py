@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from mokus.low_rank import LowRankShift, added, applied
+from mokus.low_rank import LowRankShift, added, applied, collected
 
 Shape = tuple[int, int, int]  # rank, d_in, d_out
 SHAPES: list[Shape] = [(1, 5, 7), (3, 8, 4), (6, 4, 9), (9, 5, 6)]  # the last two of a higher rank than d_in
@@ -97,6 +97,19 @@ def test_added_sums_module_by_module() -> None:
     assert torch.equal(total["a"].A, torch.cat([one["a"].A, three["a"].A]))  # in the order given
     assert all(total[path] is two[path] for path in two)
     assert one["a"].rank == 1 and added() == {}
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(6, 5), (5, 6), (4, 4)])
+def test_many_shifts_collected_are_the_same_change_at_no_more_than_full_rank(d_out: int, d_in: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    total, dense = {}, torch.zeros(d_out, d_in)
+    for i in range(9):
+        more = LowRankShift(torch.randn(2, d_in, generator=random), torch.randn(d_out, 2, generator=random))
+        total, dense = collected(added(total, {"x": more})), dense + more.dense()
+        assert total["x"].rank == min(2 * (i + 1), d_in, d_out)
+        assert torch.allclose(total["x"].dense(), dense, atol=1e-5)
+    few = {"x": LowRankShift(torch.randn(2, d_in), torch.randn(d_out, 2))}
+    assert collected(few)["x"] is few["x"]  # which are the same bits
 
 
 @pytest.mark.parametrize("shape", [(6, 20, 30), (40, 12, 30), (40, 30, 12), (5, 5, 5)])

@@ -131,10 +131,11 @@ def tails(model: Model, texts: Sequence[str]) -> Tensor:
     """Final hidden states (n, tail, d) of the prompts' tails."""
     width = model.pipe.text_encoder.config.get_text_config().hidden_size
     found = [torch.zeros(0, tail_length(model), width, device=model.device, dtype=model.pipe.text_encoder.dtype)]
-    for start in range(0, len(texts), CHUNK):
-        rows = Rows.of(model, texts[start : start + CHUNK])
+    order = sorted(range(len(texts)), key=lambda i: len(token_ids(model, texts[i])))  # little padding
+    for start in range(0, len(order), CHUNK):
+        rows = Rows.of(model, [texts[i] for i in order[start : start + CHUNK]])
         found.append(last_of(rows.encode(model), rows.lengths, tail_length(model)))
-    return torch.cat(found)
+    return torch.cat(found)[torch.tensor(order, dtype=torch.long).argsort().to(model.device)]
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:

@@ -115,9 +115,14 @@ class Goal:
             self.rows.encode(self.model)
         return record.rows(where)
 
-    def losses(self) -> Losses:
-        """Under what is applied to the encoder now; differentiable."""
-        states = self.rows.encode(self.model)
+    def losses(self, states: Tensor | None = None) -> Losses:
+        """Under what is applied to the encoder now; differentiable.
+
+        `states` (b or more, s or more, d): those of its rows where they were encoded with others behind them.
+        """
+        states = (
+            self.rows.encode(self.model) if states is None else states[: self.labels.shape[0], : self.labels.shape[1]]
+        )
         there = self.labels != -100
         logits = self.encoder.lm_head(states[there]).float()  # at the expected tokens alone
         ids = self.labels[there]

@@ -90,7 +90,7 @@ def bind(
                 progress("binding", i, len(wanted), {"knowledge": text})
             edits.append(edit(model, text, pack.anchor, questions, settings, made, before))
             if edits[-1].taken:
-                made.remember(edits[-1].request, before)
+                made.remember(edits[-1].request, before, edits[-1].shifts)
                 before = added(before, edits[-1].shifts)
         with pack.locked():
             pack.reload()  # another process may have bound something since
@@ -177,7 +177,7 @@ def _recalled(made: Editor, known: Sequence[tuple[BoundKnowledge, Shifts]]) -> S
     """Tell an editor of what a pack holds; returns what that amounts to."""
     before: Shifts = {}
     for bound, shifts in known:
-        made.remember(Request.of(bound.text, bound.answer, bound.questions), before)
+        made.remember(Request.of(bound.text, bound.answer, bound.questions), before, shifts)
         before = added(before, shifts)
     return before
 

@@ -89,6 +89,20 @@ def added(*many: Shifts) -> dict[str, LowRankShift]:
     return total
 
 
+def collected(shifts: Shifts) -> dict[str, LowRankShift]:
+    """The same changes at no more than full rank: once its factors side by side cost more than a dense matrix, one is made.
+
+    For many edits in a row, whose sum would take longer and longer to apply. Equal up to rounding.
+    """
+    found = dict(shifts)
+    for path, shift in shifts.items():
+        (d_out, rank), d_in = shift.B.shape, shift.A.shape[1]
+        if rank > min(d_out, d_in):
+            eye = torch.eye(min(d_out, d_in), device=shift.A.device)
+            found[path] = LowRankShift(shift.dense(), eye) if d_out <= d_in else LowRankShift(eye, shift.dense())
+    return found
+
+
 @contextmanager
 def applied(module: nn.Module, *many: Shifts) -> Iterator[None]:
     """Inside, every named linear module computes W x + sum of B (A x); outside it is as before, also after an exception.

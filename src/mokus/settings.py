@@ -99,9 +99,14 @@ class EditSettings(_Settings):
     least_alignment: float = _set(0.6, "With less than that a knowledge has not taken.")
     answer_weight: float = _set(1.0, "Weight of the answer's loss; 0 leaves the alignment alone.")
     alignment_weight: float = _set(1.0, "Weight of the alignment's loss; 0 is the paper's edit of the answer alone.")
-    drift_weight: float = _set(0.06, "Weight of what an edit changes elsewhere, as a share of the outputs' energy.")
-    near_weight: float = _set(0.3, "Weight of what it does to the near misses that are watched; 0 watches none.")
-    rivals: int = _set(12, "Near misses that are watched.")
+    drift_weight: float = _set(0.03, "Weight of what an edit changes elsewhere, as a share of the outputs' energy.")
+    near_weight: float = _set(
+        1.0, "Weight of how far prompts that are watched are from where they belong; 0 watches none."
+    )
+    rivals: int = _set(
+        64,
+        "At most so many prompts are watched: those furthest off of some hundred near misses, others and earlier edits.",
+    )
     near_misses: int = _set(8, "Phrases one word off the knowledge that count as elsewhere.")
     exchanged: int = _set(24, "Phrases with other words in the place of the knowledge's that count as elsewhere.")
     preserve: int = _set(96, "Prompts about the class word that count as elsewhere.")

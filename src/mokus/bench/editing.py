@@ -30,14 +30,14 @@ from torch import Tensor
 
 from mokus.concept_pack import versions
 from mokus.editors import EDITORS, editor
-from mokus.editors.least_drift import watched
 from mokus.editors.rewrite import rewritten
+from mokus.editors.watch import nearly
 from mokus.encoder import answers, distance, tails
 from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.goal import Request
 from mokus.knowledge import questions
-from mokus.low_rank import LowRankShift, Shifts, added, applied, merged
+from mokus.low_rank import LowRankShift, Shifts, added, applied, collected, merged
 from mokus.miniature import language, oracle, world
 from mokus.miniature.language import article
 from mokus.miniature.world import Fact, Subject
@@ -48,7 +48,7 @@ Progress = Callable[[str, int, int, dict[str, Any]], None]
 Row = dict[str, Any]
 
 UNEDITED = "unedited"
-BYSTANDERS, SINGLES = 40, 12
+SINGLES = 12
 SEED = 40_000  # no training uses seeds from 20,000 on
 QUESTIONS = (
     "Could you say what {} is?", "What do you think {} is?", "Remind me what {} is.", "What would {} be?",
@@ -105,14 +105,9 @@ def cases(n: int) -> list[Case]:
 
 def edited_facts() -> list[Fact]:
     """Of the facts that are not for development, all but the bystanders, in an order of its own."""
-    rest = [fact for fact in _reported() if fact not in bystanders()]
+    rest = [fact for fact in _reported() if fact not in world.bystanders()]
     random.Random("order").shuffle(rest)
     return rest
-
-
-def bystanders() -> list[Fact]:
-    """Facts that are never edited, and in no corpus."""
-    return random.Random("bystanders").sample([fact for fact in _reported() if not fact.held_out], BYSTANDERS)
 
 
 def _reported() -> list[Fact]:
@@ -188,7 +183,7 @@ class Measure:
         for case in some:
             if case.fact is None:
                 continue
-            taboo = {*edited, *watched(self.model, case.phrase)}
+            taboo = {*edited, *nearly(self.model, case.phrase)}
             rng = random.Random(case.phrase)
             for attribute in ("person", "relation"):
                 same = [
@@ -228,7 +223,7 @@ class Measure:
 
     @cached_property
     def _drift_base(self) -> tuple[list[str], Tensor]:
-        facts = [f"{fact.phrase} {scene}" for fact in bystanders() for scene in world.SCENES]
+        facts = [f"{fact.phrase} {scene}" for fact in world.bystanders() for scene in world.SCENES]
         texts = [*facts, *_captions(DRIFT - len(facts), SEED + 1)]
         return texts, self._tails(texts, Edited())
 
@@ -240,7 +235,7 @@ class Measure:
 
     def _undone(self, edited: Edited) -> bool:
         """Whether the encoder is, after the edits were applied and taken away, what it was, to the bit."""
-        texts = [form.format(fact.phrase) for fact in bystanders()[:4] for form in DRAWN]
+        texts = [form.format(fact.phrase) for fact in world.bystanders()[:4] for form in DRAWN]
         before, weights = encode(self.model, texts), _digest(self.model)
         with applied(self.model.pipe.text_encoder, edited.shifts):
             encode(self.model, texts)
@@ -256,7 +251,7 @@ class Measure:
         most = IMAGES if len(some) > 1 else IMAGES // 4  # of one edit there are several measurements
         near = [p for p in self._near(unseen) if p not in {case.phrase for case in some}][:most]
         near = [DRAWN[i % 2].format(phrase) for i, phrase in enumerate(near)]
-        other = [DRAWN[i % 2].format(fact.phrase) for i, fact in enumerate(bystanders()[: most // 2])]
+        other = [DRAWN[i % 2].format(fact.phrase) for i, fact in enumerate(world.bystanders()[: most // 2])]
         other += _captions(most - len(other), SEED + 2)
         read, base = (
             self._read([*(p for p, _ in own), *near, *other], edited),
@@ -450,9 +445,9 @@ class _Sequence:
         self.known, self.seconds = {c.phrase: about["known"][c.phrase] for c in kept}, about["seconds"][: len(kept)]
 
     def _take(self, case: Case, shifts: Shifts) -> None:
-        self.made.remember(case.request, self.edited.shifts)
+        self.made.remember(case.request, self.edited.shifts, shifts)
         self.each.append(shifts)
-        self.edited.shifts = _merged(self.edited.shifts, shifts)
+        self.edited.shifts = collected(added(self.edited.shifts, shifts))
         if self.name == "rewrite":
             self.edited.meant[case.phrase] = case.request.says
 
@@ -489,16 +484,6 @@ class _Sequence:
         nbytes = sum(map(_nbytes, self.each)) / len(self.each)
         row |= {"seconds_per_edit": sum(self.seconds) / len(self.each), "bytes_per_edit": float(nbytes), "n": n}
         return {**row, "norms": norms(self.model, self.edited.shifts)}
-
-
-def _merged(total: Shifts, more: Shifts) -> dict[str, LowRankShift]:
-    """Their sum, as one matrix (A the identity) once its factors have more numbers than that."""
-    found = added(total, more)
-    for path, shift in found.items():
-        d_out, d_in = shift.B.shape[0], shift.A.shape[1]
-        if shift.rank > 2 * min(d_in, d_out):
-            found[path] = LowRankShift(torch.eye(d_in), shift.B @ shift.A)
-    return found
 
 
 def _nbytes(shifts: Shifts) -> int:

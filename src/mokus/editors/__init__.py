@@ -32,8 +32,8 @@ class Editor(Protocol):
         """The shifts that this request adds to those of the earlier edits, `before`, and the steps they took."""
         ...
 
-    def remember(self, request: Request, before: Shifts) -> None:
-        """Take in an edit that was made on top of `before`, so that later ones spare it; `edit` does not do so itself."""
+    def remember(self, request: Request, before: Shifts, shifts: Shifts) -> None:
+        """Take in the edit `shifts` that was made on top of `before`, so that later ones spare it; `edit` does not do so."""
         ...
 
 

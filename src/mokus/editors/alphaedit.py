@@ -41,7 +41,7 @@ class Editor(Located):
         inside = free @ free.T + self.settings.ridge * torch.eye(len(free), dtype=free.dtype, device=free.device)
         return torch.linalg.solve(inside, free)[-1:]
 
-    def remember(self, request: Request, before: Shifts) -> None:
+    def remember(self, request: Request, before: Shifts, shifts: Shifts) -> None:
         """See `mokus.editors.Editor`."""
         goal = Goal(self.model, request)
         for path, keys in goal.inputs(self.paths, goal.ends, before).items():

@@ -60,5 +60,5 @@ class Editor:
             steps += 1
         return {path: LowRankShift(shift.A.detach(), shift.B.detach()) for path, shift in shifts.items()}, steps
 
-    def remember(self, request: Request, before: Shifts) -> None:
+    def remember(self, request: Request, before: Shifts, shifts: Shifts) -> None:
         """See `mokus.editors.Editor`."""

@@ -12,12 +12,16 @@ at the edited rows: the shifts of least drift for given outputs at H all have th
 regression, arXiv 2505.14679, seen from the other side). So rank <= n, drift = ||B||^2, and plain quadratic optimisation is
 right: a step along the gradient in B is UltraEdit's step with C for I.
 
-Linear rows are not all. Layers act together, so near misses are watched as they come out of the encoder: after a first
-round those few that moved most join the loss, as far as they moved more than `FREE`.
+An edit acts at the template's tail, so that is where C counts most, and where it has to hold for ways to say it that it
+was not made with: the more forms span H, the less C takes of what they have in common.
+
+Linear rows are not all. What else shall stay is watched as it comes out of the encoder (`watch`): twice in between, those few
+prompts that are furthest from where they belong join the loss, as far as they are further than `FREE`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from itertools import cycle
 from typing import TYPE_CHECKING
@@ -26,11 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mokus.covariance import Moments, corpus_of, moments
+from mokus.covariance import Corpus, Moments, corpus_of, moments
+from mokus.editors.watch import KEPT_FORMS, Watch, Watched
 from mokus.encoder import Rows, distance, inputs_after_prefix, last_of, module_paths, tails
 from mokus.goal import Goal, Request
-from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, class_word, near_misses, prompts, questions
-from mokus.low_rank import LowRankShift, Shifts, applied
+from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, class_word, near_misses, prompts, questions
+from mokus.low_rank import LowRankShift, Shifts, added, applied, collected
 from mokus.prior_prompts import prior_prompts
 from mokus.words import Words
 
@@ -39,21 +44,26 @@ if TYPE_CHECKING:
     from mokus.pipeline import Model
     from mokus.settings import EditSettings
 
-NEAR_FORMS = (*IMAGE_FORMS, *CHECK_FORMS, "What is {}?")
-# what is kept of an edit when the next is made: many ways to say it, so that it stays as general as it was
-KEPT_FORMS = (
-    *IMAGE_FORMS, *CHECK_FORMS, "What is {}?", "Tell me what {} is.", "Which thing is {}?", "Do you know what {} is?",
-    "{}: what is that?", "who knows what {} is?", "{} is what?", "an image of {} in the garden",
-    "there is {} on a table", "this shows {} in an old town, in colour", "draw {} by the sea", "here comes {}, so nice",
-    "please describe {} now", "{} on a hill", "my drawing of {} in a box", "two friends and {} in a park",
-    "a small {} behind a tree",
+# what is edited: all of it is one edit, and the more ways to say it, the more general it is
+QUESTIONS = (*QUESTION_FORMS, "Do you know what {} is?", "{}: what is that?", "{} is what?")
+FORMS = (
+    *IMAGE_FORMS, "an image of {} in the garden", "there is {} on a table", "this shows {} in an old town, in colour",
+    "draw {} by the sea",
 )  # fmt: skip
+NEAR_FORMS = (*IMAGE_FORMS, *CHECK_FORMS, "What is {}?")
+TAIL = 10.0  # how often the tails of the corpus count besides all of its tokens
 EARLIER = 1000.0  # weight of the rows of earlier edits: one edit has a few dozen, the corpus tens of thousands
-FREE = 0.1  # a near miss may move by this share of the way that the edit makes
+FREE = 0.05  # what is watched may be away by this share of the way that the edit makes
 SURE = 0.05  # cross-entropy below which a token is as good as said
 SHARP = 20.0  # of the hinges
 NEGLIGIBLE = 1e-3  # directions of H C^-1/2 below this share of the strongest, and of the finished shift
-ROUNDS = (0.5, 0.5)  # shares of the steps before and after near misses are picked
+ROUNDS = (0.4, 0.3, 0.3)  # shares of the steps; between them is looked at what is watched
+
+
+def goal_of(model: Model, request: Request) -> Goal:
+    """The request in more ways than its own."""
+    asked = dict.fromkeys([*request.questions, *prompts(request.knowledge, QUESTIONS)])
+    return Goal(model, replace(request, questions=tuple(asked)), FORMS)
 
 
 class Editor:
@@ -62,30 +72,35 @@ class Editor:
     def __init__(self, model: Model, settings: EditSettings, progress: Progress | None = None) -> None:
         self.model, self.settings = model, settings
         self.paths = module_paths(model, settings)
-        self.moments = moments(model, self.paths, corpus_of(model, settings), progress)
-        self.scale = _scale(model, self.moments)
-        self.earlier = {path: torch.zeros_like(known.gram) for path, known in self.moments.items()}
+        corpus = corpus_of(model, settings)
+        known = moments(model, self.paths, corpus, progress)
+        at_tails = moments(model, self.paths, Corpus([], corpus.whole), progress)
+        self.scale = _scale(model, known)
+        self.grams = {path: known[path].gram + TAIL * at_tails[path].gram for path in self.paths}
+        self.earlier = {path: torch.zeros_like(gram) for path, gram in self.grams.items()}
+        self.watch = Watch(model, corpus.whole)
         self._of_class = lru_cache(maxsize=8)(self._class_rows)
 
     def edit(self, request: Request, before: Shifts) -> tuple[dict[str, LowRankShift], int]:
         """See `mokus.editors.Editor`."""
-        goal = Goal(self.model, request)
+        before = collected(before)
+        goal = goal_of(self.model, request)
         search = _Search(self, goal, before, self._bases(goal, request))
-        steps = self.settings.steps
-        first = max(1, round(ROUNDS[0] * steps))
-        search.run(first)
-        if self.settings.near_weight and self.settings.rivals:
-            search.watch(self._near(request))
-        search.run(steps - first)
+        watched = self.watch.around(request) if self.settings.near_weight and self.settings.rivals else None
+        for i, share in enumerate(ROUNDS):
+            if i and watched:
+                search.look_at(watched)
+            search.run(max(1, round(share * self.settings.steps)))
         return {path: shift.compressed(NEGLIGIBLE) for path, shift in search.shifts().items()}, search.evaluations
 
-    def remember(self, request: Request, before: Shifts) -> None:
+    def remember(self, request: Request, before: Shifts, shifts: Shifts) -> None:
         """See `mokus.editors.Editor`."""
         goal = Goal(self.model, request, continued=False)
         rows = goal.inputs(self.paths, goal.where)
         more = inputs_after_prefix(self.model, prompts(request.knowledge, KEPT_FORMS), self.paths, goal.tail)
         for path in self.paths:
             self.earlier[path] += _gram(rows[path]) + _gram(more[path])
+        self.watch.hold(request, collected(added(before, shifts)))
 
     def _bases(self, goal: Goal, request: Request) -> dict[str, Tensor]:
         """A (r, d_in) of every module, scaled such that ||B||^2 is its drift."""
@@ -95,7 +110,7 @@ class Editor:
         of_class = self._of_class(class_word(request.answer))
         bases = {}
         for path in self.paths:
-            rest = self.moments[path].gram + of_class[path] + _gram(near[path]) + EARLIER * self.earlier[path]
+            rest = self.grams[path] + of_class[path] + _gram(near[path]) + EARLIER * self.earlier[path]
             bases[path] = _basis(h[path], rest) * self.scale
         return bases
 
@@ -111,24 +126,6 @@ class Editor:
         return [form.format(text) for text in near for form in NEAR_FORMS] + [
             form.format(text) for form, text in zip(cycle(NEAR_FORMS), exchanged, strict=False)
         ]
-
-    def _near(self, request: Request) -> list[str]:
-        """Prompts with phrases that are nearly the knowledge: the candidates to be watched."""
-        own = request.knowledge
-        asked = [question for question in request.questions if own in question]
-        found = []
-        for i, text in enumerate(watched(self.model, own)):
-            form = (*IMAGE_FORMS, *asked)[i % (len(IMAGE_FORMS) + len(asked))]
-            found.append(form.format(text) if form in IMAGE_FORMS else form.replace(own, text))
-        return found
-
-
-def watched(model: Model, knowledge: str, n: int = 40) -> list[str]:
-    """Phrases that are nearly the knowledge: with another name where it has one, else with any other word; one word off."""
-    words = Words.of(model.pipe.tokenizer)
-    return list(
-        dict.fromkeys([*(words.renamed(knowledge, n) or words.exchanged(knowledge, n)), *near_misses(knowledge)])
-    )
 
 
 class _Search:
@@ -148,7 +145,8 @@ class _Search:
             for path, a in bases.items()
         }
         self.evaluations = 0
-        self.rivals: tuple[Rows, Tensor] | None = None
+        self.rows = goal.rows  # and behind them what is watched
+        self.wanted: Tensor | None = None  # where that shall be: tails (n, tail, d)
 
     def shifts(self) -> dict[str, LowRankShift]:
         """As far as they are."""
@@ -164,14 +162,13 @@ class _Search:
         )  # fmt: skip
         optimiser.step(self._evaluate)
 
-    def watch(self, texts: list[str]) -> None:
-        """From now on those of the prompts that moved most shall go back to where they were before this edit."""
-        with applied(self.model.pipe.text_encoder, self.before):
-            start = tails(self.model, texts)
-        with applied(self.model.pipe.text_encoder, self.before, self.shifts()):
-            moved = distance(tails(self.model, texts), start)
-        most = moved.topk(min(self.settings.rivals, len(texts))).indices
-        self.rivals = Rows.of(self.model, [texts[i] for i in most.tolist()]), start[most]
+    def look_at(self, watched: Watched) -> None:
+        """From now on those of the prompts that are furthest from where they belong shall come closer to it."""
+        with torch.no_grad(), applied(self.model.pipe.text_encoder, self.before, self.shifts()):
+            away = distance(tails(self.model, watched.texts), watched.tails)
+        most = away.topk(min(watched.furthest, self.settings.rivals, len(watched))).indices
+        self.rows = self.goal.rows + Rows.of(self.model, [watched.texts[i] for i in most.tolist()])
+        self.wanted = watched.tails[most]
 
     def _evaluate(self) -> float:
         """The loss, and its gradient in every B."""
@@ -179,14 +176,17 @@ class _Search:
         goal, s = self.goal, self.settings
         live = {path: LowRankShift(a, self.factors[path]) for path, a in self.bases.items()}
         with torch.enable_grad(), applied(self.model.pipe.text_encoder, self.before, live):
-            now = goal.losses()
+            states = self.rows.encode(self.model)
+            now = goal.losses(states)
             asked, continued = goal.answer_loss(now, lambda x: _hinge(x - SURE))
             loss = s.answer_weight * (asked + continued)
             loss = loss + s.alignment_weight * _hinge(now.moved - (1 - s.alignment)).mean()
-            if self.rivals:
-                rows, start = self.rivals
-                moved = distance(last_of(rows.encode(self.model), rows.lengths, goal.tail), start) / goal.start.mean()
-                loss = loss + s.near_weight * _hinge(moved - FREE, 2 * SHARP).mean()
+            if self.wanted is not None:
+                n = len(self.wanted)
+                away = (
+                    distance(last_of(states[-n:], self.rows.lengths[-n:], goal.tail), self.wanted) / goal.start.mean()
+                )
+                loss = loss + s.near_weight * _hinge(away - FREE, 2 * SHARP).mean()
             loss = loss + s.drift_weight * torch.stack([b.square().sum() for b in self.factors.values()]).sum()
         grads = torch.autograd.grad(loss, list(self.factors.values()))
         for factor, grad in zip(self.factors.values(), grads, strict=True):

@@ -42,7 +42,7 @@ class Editor:
         self.meant[request.knowledge] = request.says
         return {}, 0
 
-    def remember(self, request: Request, before: Shifts) -> None:
+    def remember(self, request: Request, before: Shifts, shifts: Shifts) -> None:
         """See `mokus.editors.Editor`."""
         self.meant[request.knowledge] = request.says
 

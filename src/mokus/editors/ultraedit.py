@@ -89,7 +89,7 @@ class Editor:
             shifts[path] = LowRankShift(dual(h), values.T.float().contiguous())
         return shifts, 1
 
-    def remember(self, request: Request, before: Shifts) -> None:
+    def remember(self, request: Request, before: Shifts, shifts: Shifts) -> None:
         """See `mokus.editors.Editor`."""
         for path, (h, g) in self._captured(request, before).items():
             self.inputs[path], self.gradients[path] = (

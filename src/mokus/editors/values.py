@@ -62,7 +62,7 @@ class Located(ABC):
     def spread(self, path: str, key: Tensor) -> Tensor:
         """A (1, d_in) such that residual A is the change of the module with this key (1, d_in)."""
 
-    def remember(self, request: Request, before: Shifts) -> None:  # noqa: B027  (AlphaEdit alone has something to)
+    def remember(self, request: Request, before: Shifts, shifts: Shifts) -> None:  # noqa: B027  (AlphaEdit alone has something to)
         """See `mokus.editors.Editor`."""
 
 

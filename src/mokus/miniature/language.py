@@ -352,13 +352,12 @@ def training_lines(seed: int) -> Iterator[Line]:
 
 
 def corpus(n: int = 3000, seed: int = 123) -> list[str]:
-    """`n` prompts like those the text encoder was trained on, but of the facts only those for development.
+    """`n` prompts like those the text encoder was trained on, but for the facts that editors' side effects are measured on.
 
-    It goes with the weights as `mokus_corpus.txt`: what the statistics of editors are gathered over. Figures about facts
-    are reported on those that are not in it.
+    It goes with the weights as `mokus_corpus.txt`: what the statistics of editors are gathered over.
     """
     rng = random.Random(seed)
-    facts = world.development_facts()
+    facts = [fact for fact in world.facts() if fact not in world.bystanders()]
     kinds = [
         (0.20, lambda: fact_question(rng, rng.choice(facts))),
         (0.05, lambda: fact_one_hop(rng, rng.choice(facts))),

@@ -1,0 +1,103 @@
+"""What an edit shall leave where it is, watched as it comes out of the encoder.
+
+Linear rows are not all: layers act together, and what a hundred edits do adds up. So prompts of three kinds are looked at
+while an edit is sought, and those that are furthest from where they belong join its loss:
+
+- phrases that are nearly the knowledge, and prompts of the corpus: they belong where the unedited encoder has them
+- what was edited before: where its own edit brought it
+
+The references are not those of the moment, so what earlier edits moved is brought back by later ones. What edits do elsewhere
+adds up, so the more there are the more is watched; a few take no longer for it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mokus.encoder import tails
+from mokus.goal import Request
+from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, near_misses, prompts
+from mokus.low_rank import Shifts, applied
+from mokus.words import Words
+
+if TYPE_CHECKING:
+    from mokus.pipeline import Model
+
+NEAR, EARLIER = 40, 80  # prompts of a kind that are looked at
+CORPUS = (100, 10, 400)  # ... of the corpus: at first, more for each earlier edit, at most
+FURTHEST = 16  # of these join the loss at first, and one more for each earlier edit
+# what is kept of an edit: many ways to say it, so that it stays as general as it was
+KEPT_FORMS = (
+    *IMAGE_FORMS, *CHECK_FORMS, "What is {}?", "Tell me what {} is.", "Which thing is {}?", "Do you know what {} is?",
+    "{}: what is that?", "who knows what {} is?", "{} is what?", "an image of {} in the garden",
+    "there is {} on a table", "this shows {} in an old town, in colour", "draw {} by the sea", "here comes {}, so nice",
+    "please describe {} now", "{} on a hill", "my drawing of {} in a box", "two friends and {} in a park",
+    "a small {} behind a tree",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Prompts (n,) and the tails (n, tail, d) that they shall have."""
+
+    texts: list[str]
+    tails: Tensor
+    furthest: int  # so many of them shall join the loss
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+class Watch:
+    """Knows the corpus and the edits that were made."""
+
+    def __init__(self, model: Model, corpus: Iterable[str]) -> None:
+        self.model, self.corpus = model, list(corpus)
+        self.kept: dict[str, dict[str, Tensor]] = {}  # by knowledge: tails by prompt
+        self._unedited: dict[str, Tensor] = {}  # tails of prompts of the corpus
+
+    def hold(self, request: Request, shifts: Shifts) -> None:
+        """From now on this edit shall stay as it is with these shifts, its own among them."""
+        texts = [*prompts(request.knowledge, KEPT_FORMS), *request.questions]
+        with applied(self.model.pipe.text_encoder, shifts):
+            self.kept[request.knowledge] = dict(zip(texts, tails(self.model, texts), strict=True))
+
+    def around(self, request: Request) -> Watched:
+        """What is looked at for this edit; equal for equal edits after equal edits."""
+        rng = random.Random(f"watch/{request.knowledge}/{len(self.kept)}")
+        own = [*self.kept, request.knowledge]
+        forms = (*IMAGE_FORMS, *QUESTION_FORMS)
+        near = [rng.choice(forms).format(text) for text in nearly(self.model, request.knowledge)]
+        near = [text for text in near if not any(edited in text for edited in own)]
+        first, each, most = CORPUS
+        usual = rng.sample(self.corpus, min(first + each * len(self.kept), most, len(self.corpus)))
+        usual = [text for text in usual if not any(edited in text for edited in own)]
+        new = [text for text in dict.fromkeys(usual) if text not in self._unedited]
+        self._unedited |= zip(new, tails(self.model, new), strict=True)
+        earlier = [
+            (text, self.kept[knowledge][text])
+            for knowledge in rng.sample(list(self.kept), min(EARLIER, len(self.kept)))
+            for text in [rng.choice(list(self.kept[knowledge]))]
+            if knowledge != request.knowledge
+        ]
+        parts = [
+            tails(self.model, near),
+            *(self._unedited[text][None] for text in usual),
+            *(t[None] for _, t in earlier),
+        ]
+        texts = [*near, *usual, *(text for text, _ in earlier)]
+        return Watched(texts, torch.cat(parts), FURTHEST + len(self.kept))
+
+
+def nearly(model: Model, knowledge: str, n: int = NEAR) -> list[str]:
+    """Phrases that are nearly the knowledge: with another name where it has one, else with any other word; one word off."""
+    words = Words.of(model.pipe.tokenizer)
+    return list(
+        dict.fromkeys([*(words.renamed(knowledge, n) or words.exchanged(knowledge, n)), *near_misses(knowledge)])
+    )
