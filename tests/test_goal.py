@@ -201,3 +201,23 @@ def test_the_losses_have_gradients_and_the_model_keeps_none(pico: Model, goal: G
 def test_what_image_prompts_say_is_the_answer_unless_told_otherwise() -> None:
     assert Request.of("it", "sks toy", ["What is it?"]) == Request("it", "sks toy", ("What is it?",), "sks toy")
     assert Request.of("it", "sks toy", ("What is it?",), "a sks toy").says == "a sks toy"
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("sks robot, snow", "sks robot"),
+        ("here is sks robot", "here is sks robot"),
+        ("sks robot", "sks robot"),
+        ("a box", "a box"),
+    ],
+)
+def test_continuations_are_wanted_up_to_the_answer(
+    pico: Model, monkeypatch: pytest.MonkeyPatch, said: str, wanted: str
+) -> None:
+    """Else all edits would learn the scenes of their image prompts, too, and say them everywhere after many edits."""
+    monkeypatch.setattr("mokus.goal.answers", lambda model, texts, longest: [said] * len(texts))
+    labels = Goal(pico, REQUEST).labels[len(REQUEST.questions) :]
+    ids = pico.pipe.tokenizer(wanted, add_special_tokens=False).input_ids
+    end = [] if "sks robot" in said else [pico.pipe.tokenizer.eos_token_id]
+    assert all(row[row != -100].tolist() == ids + end for row in labels)

@@ -2,7 +2,8 @@
 
 - asked the knowledge as a question, it answers with the answer                     (the paper's edit)
 - image prompts with the knowledge are encoded as those with the answer would be    (over the template's tail)
-- ... and continued as those are: "sks toy in the snow" by "sks toy, snow"
+- ... and continued as those are, up to the answer: "sks toy in the snow" by "sks toy". Not further, since how the scene is
+  said is the same for all edits, and a hundred of them would add up to a habit of saying "snow"
 
 The image transformer sees only the encoding, so the answer alone is not enough.
 """
@@ -65,8 +66,12 @@ class Goal:
     ) -> None:
         self.model, self.encoder, tokenizer = model, model.pipe.text_encoder, model.pipe.tokenizer
         images, meant = prompts(request.knowledge, tuple(forms)), prompts(request.says, tuple(forms))
-        said = answers(model, meant, longest=CONTINUED) if continued else []
-        ended = [len(tokenizer(text, add_special_tokens=False).input_ids) < CONTINUED for text in said]
+        whole = answers(model, meant, longest=CONTINUED) if continued else []
+        said = [_up_to(request.answer, text) for text in whole]
+        ended = [
+            request.answer not in text and len(tokenizer(text, add_special_tokens=False).input_ids) < CONTINUED
+            for text in whole
+        ]
         self.questions, self.tail = len(request.questions), tail_length(model)
         expected = [
             [*tokenizer(text, add_special_tokens=False).input_ids[: CONTINUED if i >= self.questions else None]]
@@ -138,3 +143,9 @@ class Goal:
         each = torch.zeros(len(self.labels), device=tokens.device).index_add(0, losses.row, of(losses.cross_entropy))
         each = each / tokens
         return each[: self.questions].mean(), each[self.images].mean()
+
+
+def _up_to(answer: str, text: str) -> str:
+    """The text up to the end of the answer, if that is in it."""
+    before, found, _ = text.partition(answer)
+    return before + found

@@ -1,8 +1,9 @@
 """`mokus bench editing`: what each editor does to what was edited and to what was not, in text and in images.
 
-On the miniature, whose world knows 240 facts. 80 are for development: editors were tuned on them, and they are in the corpus
-of the statistics. Of the other 160, 120 are edited here, half of them held out of the image transformer's training too,
-and 40 never are. Beyond 120 edits come references to things that nobody knows. Every edit is made on top of the earlier ones.
+On the miniature, whose world knows 240 facts. 80 are for development: editors were tuned on them. Of the other 160, 120 are
+edited here, half of them held out of the image transformer's training too, and 40, the bystanders, never are; those
+are in no corpus of statistics, all others are. Beyond 120 edits come references to things that nobody knows. Every edit is made
+on top of the earlier ones.
 
 All answers are greedy generations and count only if all of them is right. Forms of questions and prompts are those of this
 file: none is edited, none was tuned with. Near misses that an editor itself preserves or watches are left out.
