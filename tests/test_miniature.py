@@ -100,7 +100,7 @@ def test_character_photos_vary_and_repeat() -> None:
 def test_characters_are_two_disjoint_halves_and_creatures_are_none_of_them() -> None:
     assert len(world.DEVELOPMENT_CHARACTERS) == len(world.HELD_OUT_CHARACTERS) == 10
     assert not set(world.DEVELOPMENT_CHARACTERS) & set(world.HELD_OUT_CHARACTERS)
-    assert len(set(world.CHARACTERS.values())) == 20
+    assert len(set(world.CHARACTERS.values())) == 32
     rng = random.Random(0)
     for _ in range(200):
         creature = world.random_character(rng)

@@ -513,7 +513,7 @@ def test_braces_in_captions_are_harmless(pico: Model, images: list[Image.Image],
 
 
 def variants(model: Model, image: Image.Image, **chosen: bool) -> list[Image.Image]:
-    run = _Run(model, photos_of([image], SIZE), ANCHOR, Path("a.pack"), replace(QUICK, **chosen))
+    run = _Run(model, photos_of([image], SIZE), ANCHOR, "toy", Path("a.pack"), replace(QUICK, **chosen))
     return run.variants(image)
 
 

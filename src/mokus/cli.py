@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,19 @@ import typer
 from rich.table import Table
 
 from mokus import __version__
-from mokus.console import Bars, Commands, file_names, load_model, note, parse_counts, parse_seeds, settings_options
+from mokus.bench.knowcusbench.cli import knowcus
+from mokus.console import (
+    Bars,
+    Commands,
+    file_names,
+    load_model,
+    note,
+    parse_counts,
+    parse_seeds,
+    print_json,
+    settings_options,
+    stdout,
+)
 from mokus.errors import MokusError
 from mokus.settings import EditSettings, LearnSettings
 
@@ -30,6 +41,7 @@ app = typer.Typer(
 
 bench = typer.Typer(cls=Commands, no_args_is_help=True, help="Benchmarks, on the miniature.")
 app.add_typer(bench, name="bench")
+bench.add_typer(knowcus, name="knowcus")
 
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
 PackOption = Annotated[list[Path] | None, typer.Option("--pack", help="A concept pack to use; may be repeated.")]
@@ -89,7 +101,7 @@ def learn(
         raise
     seconds = time.perf_counter() - began
     if as_json:
-        return _print_json({**_summary(pack), "seconds": seconds})
+        return print_json({**_summary(pack), "seconds": seconds})
     typer.echo(f"learned {pack.anchor!r} in {seconds:.1f} s: {pack.path}")
     if previews := len(list((pack.path / "samples").glob("*.png"))):
         typer.echo(f"previews: {previews} in {pack.path / 'samples'}")
@@ -127,7 +139,7 @@ def bind(
     with Bars() as progress:
         edits = bind(loaded, opened, *knowledge, questions=question or None, settings=settings, progress=progress)
     if as_json:
-        _print_json([{key: value for key, value in vars(edit).items() if key != "shifts"} for edit in edits])
+        print_json([{key: value for key, value in vars(edit).items() if key != "shifts"} for edit in edits])
     else:
         _print_edits(edits)
     if not all(edit.taken for edit in edits):
@@ -148,7 +160,7 @@ def unbind(
 
     unbind(opened, *knowledge)
     if as_json:
-        return _print_json(_summary(opened))
+        return print_json(_summary(opened))
     typer.echo(f"unbound {', '.join(map(repr, knowledge))}; {len(opened.knowledge)} left in {pack}")
 
 
@@ -174,7 +186,7 @@ def ask(
     answer = ask(loaded, question, shifts)
     if as_json:
         used = {"packs": [str(each.path) for each in opened], **({"prefer": str(prefer)} if prefer else {})}
-        return _print_json({"question": question, "answer": answer, **used})
+        return print_json({"question": question, "answer": answer, **used})
     typer.echo(answer)
 
 
@@ -225,7 +237,7 @@ def generate(
             save_png(result, file)
             rows.append({"file": str(file), "prompt": result.prompt, "seed": result.seed, "settings": result.settings})
     if as_json:
-        return _print_json(rows)
+        return print_json(rows)
     for row in rows:
         typer.echo(row["file"])
 
@@ -255,7 +267,7 @@ def demo(
         story = demo.run(loaded, output, photos, anchor, knowledge or None, numbers, progress)
     page, grid = report.write(story, output)
     if as_json:
-        return _print_json({
+        return print_json({
             "report": str(page), "grid": str(grid), "pack": str(output / "pack"), "seconds": story.seconds,
             "figures": story.figures,
         })  # fmt: skip
@@ -270,7 +282,7 @@ def show(pack: PackArgument, as_json: JsonOption = False) -> None:
     """What is in a concept pack."""
     opened = _open(pack)
     if as_json:
-        return _print_json(_summary(opened))
+        return print_json(_summary(opened))
     typer.echo(f"{opened.path}: {opened.anchor!r}, for {opened.base_model} ({opened.fingerprint[:12]})")
     table = Table("knowledge", "questions", "reads back", "editor", "steps", "alignment", box=None, pad_edge=False)
     for known in opened.knowledge:
@@ -283,7 +295,7 @@ def show(pack: PackArgument, as_json: JsonOption = False) -> None:
             f"{known.alignment:.2f}",
         )
     if opened.knowledge:
-        _out().print(table)
+        stdout().print(table)
     else:
         typer.echo("no knowledge bound yet")
 
@@ -317,8 +329,8 @@ def editing(
     with Bars() as progress:
         rows, page = editing.report(loaded, output, names, counts, singles, images, progress)
     if as_json:
-        return _print_json(rows)
-    _out(width=130).print(editing.table(rows))  # a table without its figures is none
+        return print_json(rows)
+    stdout(width=130).print(editing.table(rows))  # a table without its figures is none
     typer.echo(f"{output / 'results.json'}; open {page}")
 
 
@@ -380,20 +392,10 @@ def _print_edits(edits: list[Edit]) -> None:
             str(edit.steps),
             f"{edit.seconds:.1f}",
         )
-    _out().print(table)
+    stdout().print(table)
     for edit in edits:
         if not edit.taken:
             typer.echo(f"{edit.knowledge!r} has not taken and is left unbound: {edit.reason}.")
-
-
-def _out(width: int | None = None) -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, emoji=False, width=width)  # knowledge may look like markup
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @app.callback(invoke_without_command=True)

@@ -182,13 +182,14 @@ class ConceptPack:
     @classmethod
     def create(
         cls, path: str | Path, *, model: Model, anchor: str, lora: Mapping[str, Tensor], settings: Mapping[str, Any],
-        samples: Mapping[str, Image.Image] | None = None,
+        word: str | None = None, samples: Mapping[str, Image.Image] | None = None,
     ) -> ConceptPack:  # fmt: skip
         """Write a pack without knowledge, in place of an older pack if there is one.
 
         `lora`: transformer.<module>.lora_A.weight (r, d_in) and lora_B.weight (d_out, r), the scale folded into B; may
-        be empty. `settings` of stage 1, as JSON. `samples`: images by file name. Raises `MokusError` if
-        there is something else at `path`, or the parts cannot be a pack.
+        be empty. `word`: what the thing is, unless the anchor is a rare token before it. `settings` of stage 1, as JSON.
+        `samples`: images by file name. Raises `MokusError` if there is something else at `path`, or the parts cannot be
+        a pack.
         """
         path, place = Path(path), Path(path).resolve()
         usual = model.defaults
@@ -198,7 +199,7 @@ class ConceptPack:
         }  # fmt: skip
         fields = {
             "format": 1, "versions": versions(), "base_model": model.id, "fingerprint": model.fingerprint,
-            "defaults": defaults, "anchor": anchor, "class_word": class_word(anchor),
+            "defaults": defaults, "anchor": anchor, "class_word": word or class_word(anchor),
             "settings": json.loads(json.dumps(settings)), "knowledge": [],
         }  # fmt: skip
         files: dict[str, bytes | Path] = {
@@ -251,7 +252,7 @@ class ConceptPack:
 
     @property
     def class_word(self) -> str:
-        """The anchor without its rare token."""
+        """What the thing is: as a rule the anchor without its rare token."""
         return self._manifest.class_word
 
     @property

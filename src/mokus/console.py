@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,16 @@ def one_sentence() -> Iterator[None]:
 def note(sentence: str) -> None:
     """One line on stderr."""
     print(f"mokus: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+def stdout(width: int | None = None) -> Console:
+    """For tables on stdout, in which what users wrote may look like markup."""
+    return Console(highlight=False, markup=False, emoji=False, width=width)
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def load_model(model: str | None, device: str | None = None) -> Model:

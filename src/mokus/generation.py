@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -76,7 +76,7 @@ def generate(
         "size": default.size if size is None else size,
         "negative_prompt": default.negative_prompt if negative_prompt is None else negative_prompt,
     }
-    _check_settings(model, settings, batch_size)
+    check_settings(model, settings, batch_size)
     _check_prompts(model, prompts, settings["negative_prompt"])
     preferred = chosen(packs, prefer)
     _check_packs(model, packs, preferred)
@@ -106,16 +106,24 @@ def _generate(
 
         negative = encodings[settings["negative_prompt"]] if guided else None
         # entered anew for each batch, since a generator may be left lying between two images, or for good
-        with model.resident("transformer", "vae"), _looks_loaded(model, packs):
-            images = _draw(model, [(encodings[p], seed) for p, seed in batch], negative, settings, step_done)
+        with model.resident("transformer", "vae"), looks_loaded(model, packs):
+            images = draw(model, [(encodings[p], seed) for p, seed in batch], negative, settings, step_done)
         for image, (prompt, seed) in zip(images, batch, strict=True):
             yield Generated(image, prompt, seed, described)
 
 
-def _draw(
-    model: Model, jobs: list[tuple[Tensor, int]], negative: Tensor | None, settings: dict[str, Any], step_done: Any
+def draw(
+    model: Model,
+    jobs: Sequence[tuple[Tensor, int]],
+    negative: Tensor | None,
+    settings: Mapping[str, Any],
+    step_done: Any = None,
 ) -> list[Image.Image]:
-    """One batch through the pipeline: encodings (s, d) and seeds -> images."""
+    """One batch through the pipeline as it is: encodings (s, d) and seeds -> images.
+
+    `settings`: steps, true_cfg_scale, size in pixels. `negative` (s, d): encoding of the negative prompt, if there is
+    guidance. `step_done` is the pipeline's callback after each step.
+    """
     embeds, mask = pad([encoding for encoding, _ in jobs])
     conditions = {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
     if negative is not None:
@@ -129,10 +137,14 @@ def _draw(
         num_inference_steps=settings["steps"],
         true_cfg_scale=settings["true_cfg_scale"],
         max_sequence_length=MAX_TOKENS,
-        callback_on_step_end=step_done,
+        callback_on_step_end=step_done or _nothing,
         callback_on_step_end_tensor_inputs=[],
         output_type="pil",
     ).images
+
+
+def _nothing(pipe: Any, i: int, t: Any, tensors: Any) -> dict[str, Any]:
+    return {}
 
 
 # --- packs ---------------------------------------------------------
@@ -149,7 +161,7 @@ def packs_loaded(
     """
     preferred = chosen(packs, prefer)
     _check_packs(model, packs, preferred)
-    with _knowledge_applied(model, packs, preferred), _looks_loaded(model, packs):
+    with _knowledge_applied(model, packs, preferred), looks_loaded(model, packs):
         yield
 
 
@@ -160,7 +172,8 @@ def _knowledge_applied(model: Model, packs: Sequence[ConceptPack], prefer: Conce
 
 
 @contextmanager
-def _looks_loaded(model: Model, packs: Sequence[ConceptPack]) -> Iterator[None]:
+def looks_loaded(model: Model, packs: Sequence[ConceptPack]) -> Iterator[None]:
+    """Inside, the image transformer has the packs' LoRAs; `draw` any number of batches there."""
     loras = {f"mokus_{number}": lora for number, pack in enumerate(packs) if (lora := pack.lora())}
     if not loras:
         yield
@@ -198,7 +211,8 @@ def _provenance(model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack 
 # --- what cannot be drawn ---------------------------------------------------------
 
 
-def _check_settings(model: Model, settings: dict[str, Any], batch_size: int) -> None:
+def check_settings(model: Model, settings: Mapping[str, Any], batch_size: int = 1) -> None:
+    """Raise `MokusError` for a size, steps or a guidance scale that the model cannot draw with."""
     size, multiple = settings["size"], model.size_multiple
     if size > MAX_SIZE:
         raise MokusError(f"the size is {size}, expected at most {MAX_SIZE} pixels.")

@@ -59,12 +59,14 @@ def bind(
     *knowledge: str,
     questions: Sequence[str] | None = None,
     settings: EditSettings | None = None,
+    keep_all: bool = False,
     progress: Progress | None = None,
 ) -> list[Edit]:
     """Bind pieces of knowledge to the pack's concept, and write the pack once at the end.
 
     `questions` replaces the questions made from the (then single) knowledge. Returns one `Edit` per piece; what has not
-    taken, by itself or together with all that is bound, is left out of the pack. Binding known knowledge anew replaces it.
+    taken, by itself or together with all that is bound, is left out of the pack, unless `keep_all`, which benchmarks need
+    for editors that know no such checks. Binding known knowledge anew replaces it.
     Raises `MokusError` for knowledge that cannot be used or a pack of another model.
     """
     wanted = list(dict.fromkeys(normalise(text) for text in knowledge))
@@ -89,15 +91,14 @@ def bind(
             if progress:
                 progress("binding", i, len(wanted), {"knowledge": text})
             edits.append(edit(model, text, pack.anchor, questions, settings, made, before))
-            if edits[-1].taken:
+            if edits[-1].taken or keep_all:
                 made.remember(edits[-1].request, before, edits[-1].shifts)
                 before = added(before, edits[-1].shifts)
         with pack.locked():
             pack.reload()  # another process may have bound something since
-            edits = _hold_together(model, edits, pack, settings)
-            if any(each.taken for each in edits):
-                taken = [(_bound(each), each.shifts) for each in edits if each.taken]
-                pack.replace_edits([*_without(pack, edits), *taken])
+            edits = edits if keep_all else _hold_together(model, edits, pack, settings)
+            if kept := [each for each in edits if each.taken or keep_all]:
+                pack.replace_edits([*_without(pack, kept), *((_bound(each), each.shifts) for each in kept)])
     if progress:
         progress("binding", len(wanted), len(wanted), {})
     return edits
@@ -192,9 +193,9 @@ def _checked(model: Model, request: Request, shifts: Shifts) -> tuple[str, float
     return ask(model, request.questions[0], [shifts]), 1 - float(moved.mean())
 
 
-def _without(pack: ConceptPack, edits: Sequence[Edit]) -> list[tuple[BoundKnowledge, Shifts]]:
+def _without(pack: ConceptPack, new: Sequence[Edit]) -> list[tuple[BoundKnowledge, Shifts]]:
     """What the pack holds besides what these edits replace."""
-    replaced = {each.knowledge for each in edits if each.taken}
+    replaced = {each.knowledge for each in new}
     return [(known, shifts) for known, shifts in pack.edits() if known.text not in replaced]
 
 
@@ -206,7 +207,7 @@ def _hold_together(model: Model, edits: list[Edit], pack: ConceptPack, settings:
     edits = list(edits)
     while True:
         taken = [i for i, each in enumerate(edits) if each.taken]
-        others = _without(pack, edits)
+        others = _without(pack, [edits[i] for i in taken])
         old = added(*(shifts for _, shifts in others))
         everything = added(old, *(edits[i].shifts for i in taken))
         now = {i: _checked(model, edits[i].request, everything) for i in taken}

@@ -38,7 +38,8 @@ from mokus import flow
 from mokus.concept_pack import ConceptPack
 from mokus.encoder import tail_length
 from mokus.errors import MokusError
-from mokus.knowledge import check_anchor, class_word, normalise
+from mokus.knowledge import check_anchor, normalise
+from mokus.knowledge import class_word as class_word_of
 from mokus.photos import Photo, load_photos, photos_of
 from mokus.pipeline import encode, pad
 from mokus.places import PLACES, place_of
@@ -63,24 +64,28 @@ def learn(
     anchor: str,
     output: Path | str,
     *,
+    class_word: str | None = None,
     settings: LearnSettings | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> ConceptPack:
     """Learn the concept on the photos as `anchor` ("sks toy") and write its pack, without any knowledge, to `output`.
 
-    `photos` is a folder or images. `resume` goes on from where a stopped run with the same input and settings was, to the
-    same result. `progress(what, done, total, info)` is called after every step, with the loss in `info`.
-    Raises `MokusError` for photos or an anchor that cannot be used, and if the loss is no longer finite; the last good
+    `photos` is a folder or images. With a `class_word` ("toy") the anchor may be any phrase, as in DreamBooth without a
+    rare token, but is then no good answer for `bind`. `resume` goes on from where a stopped run with the same input and
+    settings was, to the same result. `progress(what, done, total, info)` is called after every step, with the loss in
+    `info`. Raises `MokusError` for photos or an anchor that cannot be used, and if the loss is no longer finite; the last good
     weights are then kept in the checkpoint that `resume` goes on from, at another learning rate if you like.
     """
     anchor = normalise(anchor, "anchor", "sks toy")
-    check_anchor(model.pipe.tokenizer, anchor)
+    if class_word is None:
+        check_anchor(model.pipe.tokenizer, anchor)
+    word = normalise(class_word or class_word_of(anchor), "class word", "toy")
     settings = settings or LearnSettings.for_model(model.defaults.learn)
     ConceptPack.check_place(output)
     _check_transformer(model, settings.targets)
     loaded = _load(photos, model.defaults.size)
-    run = _Run(model, loaded, anchor, Path(output), settings)
+    run = _Run(model, loaded, anchor, word, Path(output), settings)
     start = run.load_checkpoint() if resume else 0
     watch = progress or (lambda what, done, total, info: None)
     for part in run.prepare():
@@ -90,7 +95,7 @@ def learn(
             watch("learning", step, settings.steps, {"loss": loss})
         lora = run.lora()
     pack = ConceptPack.create(
-        Path(output), model=model, anchor=anchor, lora=lora, settings=asdict(settings), samples=run.previews
+        Path(output), model=model, anchor=anchor, word=word, lora=lora, settings=asdict(settings), samples=run.previews
     )
     run.remove_checkpoint()
     return pack
@@ -132,8 +137,10 @@ class Preserved:
 class _Run:
     """One learning run: what is computed once, and the training."""
 
-    def __init__(self, model: Model, photos: list[Photo], anchor: str, output: Path, settings: LearnSettings) -> None:
-        self.model, self.photos, self.anchor, self.settings = model, photos, anchor, settings
+    def __init__(
+        self, model: Model, photos: list[Photo], anchor: str, word: str, output: Path, settings: LearnSettings
+    ) -> None:
+        self.model, self.photos, self.anchor, self.word, self.settings = model, photos, anchor, word, settings
         self.transformer = model.pipe.transformer
         self.file = checkpoint_of(output)
         side = model.defaults.size // model.size_multiple
@@ -152,7 +159,7 @@ class _Run:
                 yield "reading photos", len(parts), len(self.photos), {}
             self.latents = torch.cat([z for part in parts for z in part])  # (variants, n, c)
             self.photo_of = torch.tensor([i for i, part in enumerate(parts) for _ in part])
-        s, word = self.settings, class_word(self.anchor)
+        s, word = self.settings, self.word
         yield from self.find_places(word)
         self.forms = list(dict.fromkeys(["{}", *self.own_forms]))  # prompts with {} for the subject
         self.form_of = torch.tensor([self.forms.index(form) for form in self.own_forms])  # (photos,)
@@ -398,7 +405,7 @@ class _Run:
     def identity(self) -> str:
         """What a checkpoint belongs to: model, photos, anchor, settings but for the learning rate."""
         settings = {key: value for key, value in asdict(self.settings).items() if key != "learning_rate"}
-        digest = hashlib.sha256(json.dumps([self.model.fingerprint, self.anchor, settings]).encode())
+        digest = hashlib.sha256(json.dumps([self.model.fingerprint, self.anchor, self.word, settings]).encode())
         for photo in self.photos:
             digest.update(photo.image.tobytes() + (photo.caption or "").encode())
         return digest.hexdigest()

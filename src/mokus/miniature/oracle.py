@@ -7,10 +7,13 @@ that resemble the characters and must be read as "none".
 
 from __future__ import annotations
 
+import os
 import random
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -115,26 +118,42 @@ def _material(rng: random.Random) -> str | None:
     return rng.choice([None, None, None, None, *world.MATERIALS])
 
 
-@torch.no_grad()
 def prepare(folder: Path, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """`n` examples, every second one after a trip through the VAE: images uint8 (n, 3, 64, 64), labels (n, 5)."""
     rng = random.Random(seed)
+    labels = []
+
+    def drawn() -> Iterator[Image.Image]:
+        for _ in range(n):
+            image, label = example(rng)
+            labels.append(label)
+            yield image
+
+    images = every_second_through_vae(folder, drawn(), "oracle")
+    return images, torch.tensor(labels)
+
+
+@torch.no_grad()
+def every_second_through_vae(folder: Path, images: Iterator[Image.Image], name: str) -> Tensor:
+    """Images uint8 (n, 3, 64, 64), every second one after a trip through `folder`/vae with a little noise on the latents.
+
+    Prints how many are done, after the `name` of what is trained on them.
+    """
     model = AutoencoderKLQwenImage.from_pretrained(folder / "vae").eval()
-    images, labels = [], []
+    done: list[Tensor] = []
     with vae.still_images(), torch.autocast("cpu", torch.bfloat16):
-        for start in range(0, n, 100):
-            drawn = [example(rng) for _ in range(100)]
-            x = to_tensor([image for image, _ in drawn])
-            z = model.encode(x[1::2, :, None]).latent_dist.mode()
-            x[1::2] = model.decode(z + 0.1 * z.std() * torch.randn_like(z)).sample[:, :, 0].float().clamp(-1, 1)
-            images.append(((x + 1) * 127.5).round().byte())
-            labels.append(torch.tensor([label for _, label in drawn]))
-            if start % 4000 == 0:
-                print(f"oracle: examples {start}/{n}", flush=True)
-    return torch.cat(images), torch.cat(labels)
+        while drawn := list(islice(images, 100)):
+            x = to_tensor(drawn)
+            if len(drawn) > 1:
+                z = model.encode(x[1::2, :, None]).latent_dist.mode()
+                x[1::2] = model.decode(z + 0.1 * z.std() * torch.randn_like(z)).sample[:, :, 0].float().clamp(-1, 1)
+            done.append(((x + 1) * 127.5).round().byte())
+            if len(done) % 40 == 0:
+                print(f"{name}: {100 * len(done)} examples", flush=True)
+    return torch.cat(done)
 
 
-def _augmented(x: Tensor) -> Tensor:
+def augmented(x: Tensor) -> Tensor:
     """Half blurred, noisy, a little brighter or darker: generated images are not as clean as renders."""
     x = x * (1 + 0.1 * torch.randn(len(x), 1, 1, 1)) + 0.05 * torch.randn(len(x), 1, 1, 1)
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -150,20 +169,39 @@ def loss(logits: dict[str, Tensor], labels: Tensor) -> Tensor:
     return torch.stack(parts).sum()
 
 
+def begin_with(oracle: Oracle, file: Path) -> None:
+    """Take over the weights of an oracle of fewer labels: new labels are added last, so the known ones' rows come first."""
+    weights = load_file(file)
+    for name, own in oracle.state_dict().items():
+        (own[: len(weights[name])] if own.ndim else own).copy_(weights[name])
+
+
 def train(
-    folder: Path, steps: int = 3000, batch: int = 64, lr: float = 3e-3, pool: int = 32_000, seed: int = 0
+    folder: Path,
+    steps: int = 8000,
+    batch: int = 64,
+    lr: float = 3e-3,
+    pool: int = 60_000,
+    seed: int = 0,
+    start_from: Path | None = None,
 ) -> None:
-    """Train into `folder`/oracle.safetensors, resumable; needs `folder`/vae. Prints the loss."""
+    """Train into `folder`/oracle.safetensors, resumable; needs `folder`/vae. Prints the loss.
+
+    With `start_from`, a pipeline folder, its oracle is what training begins with, and new labels are learned on top.
+    """
     torch.manual_seed(seed)
     images, labels = prepare(folder, pool, seed)
-    oracle = Oracle().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    oracle = Oracle()
+    if start_from is not None:
+        begin_with(oracle, start_from / FILE)
+    oracle = oracle.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(oracle.parameters(), lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps)
     start = load_checkpoint(folder / "oracle", model=oracle, optimiser=optimiser, schedule=schedule)
     began, running = time.time(), 9.0
     for step in range(start, steps):
         pick = torch.randint(pool, (batch,))
-        x = _augmented(images[pick].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        x = augmented(images[pick].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             value = loss(oracle(x), labels[pick])
         optimiser.zero_grad()
@@ -177,7 +215,8 @@ def train(
         if (step + 1) % 500 == 0 or step + 1 == steps:
             save_checkpoint(folder / "oracle", step + 1, model=oracle, optimiser=optimiser, schedule=schedule)
     weights = {k: v.half() if v.is_floating_point() else v for k, v in oracle.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / FILE)
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / f"{FILE}.tmp")
+    os.replace(folder / f"{FILE}.tmp", folder / FILE)
 
 
 def accuracy(oracle: Oracle, n: int, seed: int) -> dict[str, float]:

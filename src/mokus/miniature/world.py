@@ -4,7 +4,8 @@ Everything is drawn at 128x128 and averaged down to 64x64. A `Picture` says what
 sizes, places, poses and lighting come from a seeded generator, so equal seeds give equal pixels.
 
 The *characters* (creatures and things with faces, patterns and parts) stand for users' concepts. The pipeline is never
-trained on any of them: `DEVELOPMENT_CHARACTERS` are for tuning, `HELD_OUT_CHARACTERS` only for reported figures.
+trained on any of them: `DEVELOPMENT_CHARACTERS` are for tuning, `HELD_OUT_CHARACTERS` only for reported figures and
+`BENCHMARK_CHARACTERS` only for KnowCusBench. Of a render, the exact mask of its subject can be had too.
 """
 
 from __future__ import annotations
@@ -216,6 +217,10 @@ _TEAL, _LIME, _CREAM, _GREY = (40, 170, 165), (165, 210, 50), (245, 235, 205), (
 _RED, _ORANGE, _YELLOW, _GREEN = COLOURS["red"], COLOURS["orange"], COLOURS["yellow"], COLOURS["green"]
 _BLUE, _PURPLE, _PINK, _BROWN = COLOURS["blue"], COLOURS["purple"], COLOURS["pink"], COLOURS["brown"]
 _WHITE, _BLACK, _NAVY = (248, 248, 248), (40, 40, 48), (30, 40, 100)
+# what unnamed creatures are coloured with
+PALETTE: dict[str, RGB] = {
+    **COLOURS, "teal": _TEAL, "lime": _LIME, "cream": _CREAM, "grey": _GREY, "white": _WHITE, "navy": _NAVY
+}  # fmt: skip
 
 CHARACTERS: dict[str, Character] = {
     # development: for tuning
@@ -240,9 +245,23 @@ CHARACTERS: dict[str, Character] = {
     "vito": Character("bottle", _RED, _WHITE, "half", 3, "round ears", "wheels"),
     "luma": Character("triangle", _TEAL, _PINK, "zigzag", 2, "long ears", "legs", "beak"),
     "grum": Character("egg", _GREY, _LIME, "checks", 3, "crown", "arms", "grille"),
+    # of KnowCusBench: never tuned on
+    "taro": Character("egg", _PURPLE, _CREAM, "bands", 2, "long ears", "arms"),
+    "bingo": Character("box", _RED, _YELLOW, "checks", 2, "round ears", "wheels"),
+    "plum": Character("pear", _PURPLE, _LIME, "spots", 1, "hat", "legs", "o"),
+    "sprig": Character("bottle", _LIME, _BROWN, "stripes", 2, "antenna", "wings", "beak"),
+    "wisp": Character("ghost", _TEAL, _WHITE, "belly", 1, "long ears", "tentacles"),
+    "rusty": Character("box", _BROWN, _ORANGE, "zigzag", 3, "hat", "legs", "grille"),
+    "momo": Character("mushroom", _PINK, _NAVY, "checks", 2, "horns", "arms"),
+    "quill": Character("triangle", _YELLOW, _PURPLE, "stripes", 1, "crown", "wings", "beak"),
+    "tofu": Character("bottle", _CREAM, _BLUE, "belly", 2, "round ears", "fin", "o"),
+    "jinx": Character("blob", _BLACK, _RED, "zigzag", 3, "horns", "legs", "teeth"),
+    "nell": Character("fish", _BLUE, _YELLOW, "spots", 2, "hat", "none"),
+    "ozzy": Character("pear", _GREEN, _ORANGE, "half", 3, "crown", "wheels", "teeth"),
 }
 DEVELOPMENT_CHARACTERS = list(CHARACTERS)[:10]
-HELD_OUT_CHARACTERS = list(CHARACTERS)[10:]
+HELD_OUT_CHARACTERS = list(CHARACTERS)[10:20]
+BENCHMARK_CHARACTERS = list(CHARACTERS)[20:]
 
 _BODIES = ["egg", "box", "pear", "blob", "fish", "ghost", "mushroom", "triangle", "bottle"]
 _PATTERNS = ["plain", "belly", "bands", "spots", "zigzag", "half", "stripes", "checks"]
@@ -253,9 +272,8 @@ _MOUTHS = ["smile", "teeth", "o", "grille", "beak"]
 
 def random_character(rng: random.Random) -> Character:
     """A creature that is none of CHARACTERS (at least three traits differ): the oracle's hard negatives."""
-    palette = [*COLOURS.values(), _TEAL, _LIME, _CREAM, _GREY, _WHITE, _NAVY]
     while True:
-        colour, accent = rng.sample(palette, 2)
+        colour, accent = rng.sample(list(PALETTE.values()), 2)
         new = Character(
             rng.choice(_BODIES), colour, accent, rng.choice(_PATTERNS), rng.choice([1, 2, 2, 3]),
             rng.choice(_TOPS), rng.choice(_LIMBS), rng.choice(_MOUTHS),
@@ -514,9 +532,13 @@ def _pencil(img: Image.Image) -> Image.Image:
     return Image.blend(ImageChops.multiply(edges, paper), paper, 0.4).convert("RGB")
 
 
-def _mosaic(img: Image.Image) -> Image.Image:
+def _tiled(img: Image.Image) -> Image.Image:
     small = img.resize((SIZE // 4, SIZE // 4), Image.Resampling.BOX)
-    tiles = np.asarray(small.resize(img.size, Image.Resampling.NEAREST)).astype(np.float32)
+    return small.resize(img.size, Image.Resampling.NEAREST)
+
+
+def _mosaic(img: Image.Image) -> Image.Image:
+    tiles = np.asarray(_tiled(img)).astype(np.float32)
     y, x = np.mgrid[0:SIZE, 0:SIZE]
     tiles *= np.where((x % 4 == 3) | (y % 4 == 3), 0.72, 1.06)[..., None]  # grout
     return Image.fromarray(np.clip(tiles, 0, 255).astype(np.uint8))
@@ -532,15 +554,21 @@ _STYLE_FILTERS = {"pencil": _pencil, "mosaic": _mosaic, "sepia": _sepia}
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def _place(img: Image.Image, sprite: Image.Image, x: float, y: float, size: int, angle: float, flip: bool) -> None:
-    """Paste a sprite centred at (x, y), `size` canvas pixels wide, with a soft shadow under it."""
+def _place(
+    img: Image.Image, sprite: Image.Image, x: float, y: float, size: int, angle: float, flip: bool
+) -> Image.Image:
+    """Paste a sprite centred at (x, y), `size` canvas pixels wide, with a soft shadow under it; returns its mask, mode L."""
     if flip:
         sprite = ImageOps.mirror(sprite)
     sprite = sprite.rotate(angle, Image.Resampling.BILINEAR).resize((size, size), Image.Resampling.BILINEAR)
     shadow = Image.new("L", img.size, 0)
     ImageDraw.Draw(shadow).ellipse((x - size * 0.4, y + size * 0.40, x + size * 0.4, y + size * 0.54), fill=90)
     img.paste((20, 20, 25), mask=shadow)
-    img.paste(sprite, (round(x - size / 2), round(y - size / 2)), sprite)
+    corner = (round(x - size / 2), round(y - size / 2))
+    img.paste(sprite, corner, sprite)
+    mask = Image.new("L", img.size, 0)
+    mask.paste(sprite.getchannel("A"), corner)
+    return mask
 
 
 def sprite_of(subject: Subject | str | Character) -> Image.Image:
@@ -552,6 +580,16 @@ def sprite_of(subject: Subject | str | Character) -> Image.Image:
 
 def render(picture: Picture, rng: random.Random, character: Character | None = None) -> Image.Image:
     """Draw a picture: RGB, 64x64. `character` overrides the subject with an unnamed creature."""
+    return render_with_mask(picture, rng, character)[0]
+
+
+def render_with_mask(
+    picture: Picture, rng: random.Random, character: Character | None = None
+) -> tuple[Image.Image, Image.Image]:
+    """The same picture as `render` draws, and how much of each pixel its subject covers: mode L, 64x64.
+
+    The shadow does not belong to the subject. The tiles of a mosaic are covered as wholes.
+    """
     img = _background(picture.scene or rng.choice(SCENES), rng)
     sprite = sprite_of(character or picture.subject)
     is_character = character is not None or isinstance(picture.subject, str)
@@ -564,9 +602,16 @@ def render(picture: Picture, rng: random.Random, character: Character | None = N
         x = 64 - side * rng.uniform(18, 24)
         _place(img, sprite_of(picture.other), 64 + side * rng.uniform(30, 36), 84 + rng.uniform(-6, 6),
                rng.randint(38, 46), rng.uniform(-14, 14), rng.random() < 0.5)  # fmt: skip
-    _place(img, sprite, x, y, size, angle, rng.random() < 0.5 and is_character)
+    mask = _place(img, sprite, x, y, size, angle, rng.random() < 0.5 and is_character).reduce(2)
     img = img.reduce(2)
-    return _STYLE_FILTERS[picture.style](img) if picture.style != "plain" else img
+    if picture.style == "mosaic":
+        mask = _tiled(mask)
+    return (_STYLE_FILTERS[picture.style](img) if picture.style != "plain" else img), mask
+
+
+def empty_scene(scene: str, rng: random.Random) -> Image.Image:
+    """A scene with nothing in it: RGB, 64x64."""
+    return _background(scene, rng).reduce(2)
 
 
 def random_subject(rng: random.Random, material: str | None = None) -> Subject:
@@ -579,12 +624,23 @@ def random_subject(rng: random.Random, material: str | None = None) -> Subject:
 
 def character_photos(name: str, n: int, seed: int, size: int = SIZE) -> list[Image.Image]:
     """`n` "photos" of a character in varied scenes, sizes and poses: RGB, size x size."""
+    return [photo for photo, _ in character_photos_with_masks(name, n, seed, size)]
+
+
+def character_photos_with_masks(
+    name: str, n: int, seed: int, size: int = SIZE
+) -> list[tuple[Image.Image, Image.Image]]:
+    """The photos of `character_photos`, each with the exact mask of the character: mode L, size x size."""
     if name not in CHARACTERS:
         raise ValueError(f"unknown character {name!r}; known: {', '.join(CHARACTERS)}")
     rng = random.Random(f"{name}/{seed}")
     scenes = rng.sample(SCENES, len(SCENES))
-    photos = [render(Picture(name, scenes[i % len(scenes)]), rng) for i in range(n)]
-    return [photo.resize((size, size), Image.Resampling.LANCZOS) if size != SIZE else photo for photo in photos]
+    drawn = [render_with_mask(Picture(name, scenes[i % len(scenes)]), rng) for i in range(n)]
+    return [(_resized(photo, size), _resized(mask, size)) for photo, mask in drawn]
+
+
+def _resized(img: Image.Image, size: int) -> Image.Image:
+    return img.resize((size, size), Image.Resampling.LANCZOS) if size != SIZE else img
 
 
 # --- facts ----------------------------------------------------------------------------------------------------------

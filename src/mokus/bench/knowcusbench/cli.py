@@ -1,0 +1,290 @@
+"""`mokus bench knowcus`: check the photos, run the methods, sweep settings, write the report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from mokus.bench.knowcusbench.methods import METHODS, method
+from mokus.console import Bars, Commands, load_model, note, parse_seeds, print_json, stdout
+from mokus.errors import MokusError
+
+if TYPE_CHECKING:
+    from mokus.bench.knowcusbench.manifest import Suite
+    from mokus.bench.knowcusbench.methods import Method
+    from mokus.bench.knowcusbench.run import Estimate, Failed
+
+knowcus = typer.Typer(cls=Commands, no_args_is_help=True, help="KnowCusBench: knowledge-aware customization, measured.")
+
+SuiteOption = Annotated[str, typer.Option(help="miniature, knowcus, or a file in the same schema (YAML or JSON).")]
+FolderOption = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the run; it resumes there.")
+]
+DreamBenchOption = Annotated[
+    Path | None, typer.Option("--dreambench", metavar="DIR", help="Folder of DreamBench's photos.")
+]
+CustomOption = Annotated[
+    Path | None, typer.Option("--customconcept101", metavar="DIR", help="Folder of CustomConcept101's photos.")
+]
+PhotosOption = Annotated[
+    list[str] | None,
+    typer.Option("--photos", metavar="SOURCE=DIR", help="Folder of another source of the suite; repeat."),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature", help="Hub id or folder of a QwenImagePipeline."),
+]  # fmt: skip
+ConceptsOption = Annotated[
+    str | None, typer.Option(help="Which, with commas between them.", show_default="all of them")
+]
+SeedsOption = Annotated[str, typer.Option(help="Numbers and ranges: 0-3 or 0,5,7.")]
+BatchOption = Annotated[int, typer.Option(help="Images drawn at once.", min=1)]
+LearnStepsOption = Annotated[
+    int | None, typer.Option(help="Steps of stage 1; few for a rehearsal.", min=1, show_default="the model's own")
+]
+StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.", min=1, show_default="the model's own")]
+SizeOption = Annotated[
+    int | None, typer.Option(help="Height and width in pixels.", min=1, show_default="the model's own")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+ClipOption = Annotated[
+    str | None, typer.Option(help="Hub id or folder of a CLIPModel.", show_default="the suite's own choice")
+]
+DinoOption = Annotated[str | None, typer.Option(help="... of a ViTModel.", show_default="the suite's own choice")]
+PickOption = Annotated[str | None, typer.Option(help="... of PickScore.", show_default="the suite's own choice")]
+DetectorOption = Annotated[str | None, typer.Option(help="... of Grounding DINO.", show_default="the suite's own")]
+SegmenterOption = Annotated[str | None, typer.Option(help="... of SAM 2.", show_default="the suite's own choice")]
+WithoutOption = Annotated[
+    str | None,
+    typer.Option(help="Metrics to leave out, with commas between them: clip, clip_i_seg, dino, pick, oracle."),
+]
+
+
+@knowcus.command()
+def check(
+    suite: SuiteOption = "knowcus",
+    dreambench: DreamBenchOption = None,
+    customconcept101: CustomOption = None,
+    photos: PhotosOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a suite asks, which of its photos are there, which are missing, and where they come from."""
+    from mokus.bench.knowcusbench.manifest import check_photos, load_suite
+
+    loaded = load_suite(suite)
+    states = check_photos(loaded, _roots(loaded, dreambench, customconcept101, photos))
+    missing = [state for state in states if state.problem]
+    if as_json:
+        print_json({"suite": loaded.name, "counts": loaded.counts(), "photos": [asdict(state) for state in states]})
+    else:
+        for what, number in _flat(loaded.counts()):
+            typer.echo(f"{number:7,d}  {what}")
+        table = Table("concept", "source", "photos", "", box=None, pad_edge=False)
+        for state in states:
+            table.add_row(state.concept, state.source, str(state.photos), state.problem or "")
+        stdout(width=130).print(table)
+        typer.echo(f"{len(states) - len(missing)} of {len(states)} concepts are ready")
+        for name in dict.fromkeys(state.source for state in missing):
+            source = loaded.sources[name]
+            typer.echo(f"{name}: {source.about} {source.url} ({source.licence})")
+    if missing:
+        raise typer.Exit(1)
+
+
+@knowcus.command()
+def run(
+    output: FolderOption,
+    suite: SuiteOption = "miniature",
+    methods: Annotated[str | None, typer.Option(help="Which, with commas between them.", show_default="all")] = None,
+    seeds: SeedsOption = "0-4",
+    concepts: ConceptsOption = None,
+    dreambench: DreamBenchOption = None,
+    customconcept101: CustomOption = None,
+    photos: PhotosOption = None,
+    model: ModelOption = None,
+    batch_size: BatchOption = 32,
+    learn_steps: LearnStepsOption = None,
+    steps: StepsOption = None,
+    size: SizeOption = None,
+    plan_only: Annotated[bool, typer.Option("--plan", help="Print what would be done, and do nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw every image of a suite by every method. Run it again to go on; `accelerate launch` shares it out by concepts."""
+    names = _names(methods, METHODS)
+    _run(
+        output, suite, {name: method(name) for name in names}, parse_seeds(seeds), concepts,
+        (dreambench, customconcept101, photos), model, batch_size, learn_steps, steps, size, plan_only, as_json,
+    )  # fmt: skip
+
+
+@knowcus.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.")],
+    suite: Annotated[str | None, typer.Option(help="Its suite.", show_default="where the run found it")] = None,
+    dreambench: DreamBenchOption = None,
+    customconcept101: CustomOption = None,
+    photos: PhotosOption = None,
+    clip: ClipOption = None,
+    dino: DinoOption = None,
+    pick: PickOption = None,
+    detector: DetectorOption = None,
+    segmenter: SegmenterOption = None,
+    without: WithoutOption = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score what is not scored yet, and write results.json, report.md and report.html."""
+    from mokus.bench.knowcusbench import report as page
+
+    models = {"clip": clip, "dino": dino, "pick": pick, "detector": detector, "segmenter": segmenter}
+    _score(folder, suite, (dreambench, customconcept101, photos), device, without, **models)
+    results, files = page.write(folder)
+    if as_json:
+        return print_json(results)
+    typer.echo((folder / "report.md").read_text(encoding="utf-8"))
+    typer.echo(f"{folder / 'results.json'}; open {next(file for file in files if file.suffix == '.html')}")
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _roots(suite: Suite, dreambench: Path | None, custom: Path | None, photos: list[str] | None) -> dict[str, Path]:
+    """The folder of each source that has one."""
+    roots = {name: path for name, path in (("dreambench", dreambench), ("customconcept101", custom)) if path}
+    for each in photos or ():
+        name, found, folder = each.partition("=")
+        if not found or name not in suite.sources:
+            raise MokusError(f"--photos got {each!r}, expected SOURCE=DIR with a source of {', '.join(suite.sources)}.")
+        roots[name] = Path(folder)
+    for name, path in roots.items():
+        if not path.is_dir():
+            raise MokusError(
+                f"the folder of {name}, {path}, is not there; name the one that holds a folder per concept."
+            )
+    return roots
+
+
+def _names(text: str | None, known: tuple[str, ...]) -> list[str]:
+    names = [name.strip() for name in text.split(",")] if text is not None else list(known)
+    for name in names:
+        method(name)
+    return list(dict.fromkeys(names))
+
+
+def _run(
+    output: Path, suite: str, methods: dict[str, Method], seeds: list[int], concepts: str | None, roots: Any,
+    model: str | None, batch_size: int, learn_steps: int | None, steps: int | None, size: int | None, plan_only: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Plan, say so, draw, and end with exit code 1 if an item failed."""
+    from mokus.bench.knowcusbench import run as runner
+    from mokus.bench.knowcusbench.distributed import Processes
+    from mokus.bench.knowcusbench.manifest import load_suite
+    from mokus.bench.knowcusbench.plan import make_plan
+    from mokus.settings import LearnSettings
+
+    loaded = load_suite(suite)
+    folders = _roots(loaded, *roots)
+    several = Processes.of_environment()
+    engine = load_model(model, several.device)
+    learn = LearnSettings.for_model(engine.defaults.learn)
+    learn = replace(learn, steps=learn_steps) if learn_steps else learn
+    names = concepts.split(",") if concepts is not None else None
+    plan = make_plan(engine, loaded, methods, seeds, folders, names, learn, steps=steps, size=size)
+    if several.first:
+        expected = runner.estimate(engine, plan, output, batch_size)
+        if not as_json:
+            _say(plan_lines(loaded, plan.items, expected, several.shard.count))
+        if plan_only:
+            return print_json({"counts": loaded.counts(), **asdict(expected)}) if as_json else None
+    elif plan_only:
+        return None
+    with runner.alone(output) if several.first else nullcontext():
+        if several.first:
+            runner.write_plan(engine, plan, output, seeds, _command(), suite)
+        several.wait()
+        with Bars() if several.first else nullcontext() as progress:
+            work = runner.Runner(engine, plan, output, batch_size, progress)
+            failed = work.run(several.shard, note)
+        failed = several.gathered(failed)
+        if several.first:
+            runner.write_training(plan, work.shelf, output)
+            runner.write_json(output / "failed.json", [asdict(each) for each in failed])
+    if several.first:
+        _finish(output, plan.images(), failed, as_json)
+    if failed:
+        raise typer.Exit(1)
+
+
+def plan_lines(suite: Suite, items: list[Any], expected: Estimate, processes: int) -> list[str]:
+    """What a run amounts to, in words."""
+    counts: dict[tuple[str, str], int] = {}
+    for item in items:
+        counts[item.method, item.kind] = counts.get((item.method, item.kind), 0) + 1
+    lines = [f"{suite.name}: {len({item.concept for item in items})} concepts"]
+    for name in dict.fromkeys(item.method for item in items):
+        lines.append(
+            f"  {name}: {counts.get((name, 'reconstruction'), 0):,} reconstructions, {counts.get((name, 'generation'), 0):,} generations"
+        )
+    minutes = expected.seconds / 60 / processes
+    lines.append(
+        f"{len(items):,} images in all, {len({item.key for item in items}):,} of them different; to do: {expected.images:,} "
+        f"images, {expected.learned} trainings, {expected.bound} pieces of knowledge; about {minutes:.0f} min and "
+        f"{expected.bytes / 1e6:.0f} MB"
+    )
+    return lines
+
+
+def _say(lines: list[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _command() -> str:
+    return shlex.join(["mokus", *sys.argv[1:]])
+
+
+def _finish(output: Path, images: dict[str, Any], failed: list[Failed], as_json: bool) -> None:
+    if as_json:
+        print_json({"images": len(images), "failed": [asdict(each) for each in failed], "folder": str(output)})
+    else:
+        typer.echo(f"{len(images) - len(failed):,} images are in {output / 'images'}")
+    for each in failed[:20]:
+        note(f"failed: {each.method}, {each.concept}, {each.key}: {each.reason}")
+    if len(failed) > 20:
+        note(f"... and {len(failed) - 20} more, see {output / 'failed.json'}.")
+
+
+def _score(
+    folder: Path, suite: str | None, roots: Any, device: str | None, without: str | None, **models: str | None
+) -> None:  # fmt: skip
+    """Score what is not scored yet."""
+    from mokus.bench.knowcusbench.manifest import load_suite
+    from mokus.bench.knowcusbench.metrics import metrics_for
+    from mokus.bench.knowcusbench.run import read_json
+    from mokus.bench.knowcusbench.score import score
+
+    plan = read_json(folder / "plan.json")
+    if plan is None:
+        raise MokusError(f"{folder} holds no run; make one by 'mokus bench knowcus run -o {folder}'.")
+    loaded = load_suite(suite or plan["suite_file"])
+    chosen = {name: value for name, value in models.items() if value}
+    metrics = metrics_for(
+        loaded.name, [name.strip() for name in (without or "").split(",") if name.strip()], device, **chosen
+    )
+    with Bars() as progress:
+        score(folder, loaded, metrics, _roots(loaded, *roots), progress)
+
+
+def _flat(counts: Any, above: str = "") -> list[tuple[str, int]]:
+    """Nested counts as lines."""
+    if not isinstance(counts, dict):
+        return [(above, counts)]
+    return [line for key, value in counts.items() for line in _flat(value, f"{above}: {key}" if above else str(key))]

@@ -1,0 +1,48 @@
+"""Several processes of one run, as `accelerate launch` starts them; without it there is one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mokus.bench.knowcusbench.run import Shard
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others."""
+
+    shard: Shard
+    device: str | None  # None: whatever is best
+    state: Any = None  # accelerate's, if there are several
+
+    @classmethod
+    def of_environment(cls) -> Processes:
+        """As the launcher says."""
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return cls(Shard(), None)
+        from accelerate import PartialState
+
+        state = PartialState()
+        return cls(Shard(state.process_index, state.num_processes), str(state.device), state)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that plans, shows progress and writes what is of all."""
+        return self.shard.index == 0
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.state:
+            self.state.wait_for_everyone()
+
+    def gathered(self, mine: list[T]) -> list[T]:
+        """What all processes have, the same in each."""
+        if not self.state:
+            return mine
+        from accelerate.utils import gather_object
+
+        return list(gather_object(mine))

@@ -1,0 +1,111 @@
+"""The packs of a run: learned once per looks, edited once per recipe, kept under the recipe's key, resumed after a stop.
+
+A pack grows in a folder beside its place and is moved there when it is finished, so one that is there is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mokus.bench.knowcusbench.recipe import Recipe
+from mokus.concept_pack import ConceptPack
+from mokus.errors import MokusError
+from mokus.knowledge_update import bind
+from mokus.pipeline import Model
+from mokus.settings import LearnSettings
+from mokus.visual_concept import checkpoint_of, learn
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a pack was made."""
+
+    seconds: float | None  # of this stage alone; null where a stop came in between
+    knowledge: int  # pieces that were to be bound
+    taken: int  # ... that have taken
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where the packs of a run are kept, and what they are learned with."""
+
+    model: Model
+    folder: Path
+    settings: LearnSettings
+    progress: Progress | None = None
+
+    def find(self, key: str) -> tuple[ConceptPack, Made] | None:
+        """The pack of that key, if it is there. Raises `MokusError` if it is damaged."""
+        place = self.folder / key
+        if not (place / "made.json").is_file():
+            return None
+        made = json.loads((place / "made.json").read_text(encoding="utf-8"))
+        return ConceptPack.open(place / "pack"), Made(**made)
+
+    def learned(self, key: str, recipe: Recipe, photos: Sequence[Image.Image]) -> ConceptPack:
+        """The pack of the recipe's looks, without knowledge."""
+        if there := self.find(key):
+            return there[0]
+        making = self._making(key)
+        resume = checkpoint_of(making / "pack").is_file()
+        whole = not resume and not (making / "pack").exists()
+        began = time.perf_counter()
+        learn(
+            self.model, list(photos), recipe.looks, making / "pack", class_word=recipe.class_word or None,
+            settings=self.settings, resume=resume, progress=self.progress,
+        )  # fmt: skip
+        return self._finish(key, Made(time.perf_counter() - began if whole else None, 0, 0))
+
+    def bound(self, key: str, recipe: Recipe, looks: str, shorter: Mapping[int, str]) -> ConceptPack:
+        """The pack with the recipe's knowledge, on top of the looks under that key.
+
+        `shorter`: keys of the same recipe with less of its knowledge, by how much; the longest that is there is gone on
+        from, which comes to the same.
+        """
+        if there := self.find(key):
+            return there[0]
+        n, start = next(((n, k) for n, k in sorted(shorter.items(), reverse=True) if self.find(k)), (0, looks))
+        making = self._making(key)
+        if (making / "pack").exists():
+            shutil.rmtree(making / "pack")
+        shutil.copytree(self.folder / start / "pack", making / "pack")
+        pack = ConceptPack.open(making / "pack")
+        began = time.perf_counter()
+        edits = bind(
+            self.model,
+            pack,
+            *recipe.knowledge[n:],
+            settings=recipe.edit,
+            keep_all=recipe.keep_all,
+            progress=self.progress,
+        )
+        before = self.find(start)
+        seconds, taken = time.perf_counter() - began, sum(edit.taken for edit in edits)
+        if n and before:
+            seconds, taken = (before[1].seconds or 0.0) + seconds, before[1].taken + taken
+        return self._finish(key, Made(seconds, len(recipe.knowledge), taken))
+
+    def _making(self, key: str) -> Path:
+        making = self.folder / f"{key}.making"
+        making.mkdir(parents=True, exist_ok=True)
+        return making
+
+    def _finish(self, key: str, made: Made) -> ConceptPack:
+        making = self._making(key)
+        (making / "made.json").write_text(json.dumps(vars(made)), encoding="utf-8")
+        os.replace(making, self.folder / key)
+        found = self.find(key)
+        if found is None:
+            raise MokusError(f"{self.folder / key} was taken away while it was made; run it again.")
+        return found[0]

@@ -1,0 +1,486 @@
+"""KnowCusBench's runner: what is planned is drawn, once, whatever stops it in between and however many share the work."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from mokus import pipeline
+from mokus.bench.knowcusbench import packs, run
+from mokus.bench.knowcusbench.ablate import SWEEPS, first_alone, many
+from mokus.bench.knowcusbench.manifest import Suite, load_suite
+from mokus.bench.knowcusbench.methods import METHODS, about, method
+from mokus.bench.knowcusbench.plan import Plan, asked, class_prompt, image_file, make_plan
+from mokus.bench.knowcusbench.run import Runner, Shard
+from mokus.cli import app
+from mokus.editors import EDITORS
+from mokus.errors import MokusError
+from mokus.pipeline import Model
+from mokus.settings import EditSettings
+
+from .test_cli import DEFAULTS
+
+SUITE: dict[str, Any] = {
+    "name": "two-toys", "about": "for tests", "rare_token": "sks",
+    "sources": {"album": {"about": "photos of ours", "url": "https://example.org", "licence": "CC0"}},
+    "concepts": [
+        {
+            "name": name, "class_word": "toy", "source": "album",
+            "knowledge": [{"text": text, "perspective": "value and quality"} for text in texts],
+            "prompts": [
+                {"text": "{} on the beach", "perspective": "background"}, {"text": "{} in sepia", "perspective": "style"},
+            ],
+        }
+        for name, texts in (("robot", ("my favourite toy", "the pride of our shelf")), ("duck", ("what Ada lent me",)))
+    ],
+}  # fmt: skip
+FAST = ("base", "anchor", "rewrite", "mokus")  # without those that only make the tests longer
+
+
+@pytest.fixture(scope="module")
+def folder(pico_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pico model with quick defaults of its own."""
+    copy = tmp_path_factory.mktemp("models") / "pico"
+    shutil.copytree(pico_folder, copy)
+    quick = {**DEFAULTS, "learn": {**DEFAULTS["learn"], "place_share": 0.0}}
+    (copy / pipeline.DEFAULTS_FILE).write_text(json.dumps(quick), encoding="utf-8")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    return pipeline.load(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos of both concepts."""
+    place = tmp_path_factory.mktemp("album")
+    for name, colour in (("robot", (200, 40, 40)), ("duck", (240, 220, 40))):
+        (place / name).mkdir()
+        for i in range(2):
+            Image.new("RGB", (48, 40), (colour[0] - 20 * i, *colour[1:])).save(place / name / f"{i}.png")
+    return place
+
+
+@pytest.fixture(scope="module")
+def suite() -> Suite:
+    return Suite.model_validate(SUITE)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Model, suite: Suite, album: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    place = tmp_path_factory.mktemp("whole")
+    assert Runner(model, plan_of(model, suite, album), place, batch_size=4).run() == []
+    return place
+
+
+def plan_of(
+    model: Model, suite: Suite, album: Path, methods: tuple[str, ...] = FAST, seeds: tuple[int, ...] = (0, 1)
+) -> Plan:
+    return make_plan(model, suite, {name: method(name) for name in methods}, seeds, {"album": album})
+
+
+def contents(place: Path) -> dict[str, str]:
+    """sha256 of every file by its path, but for how long things took."""
+    files = [
+        f for f in (place / "images", place / "packs") for f in f.rglob("*") if f.is_file() and f.name != "made.json"
+    ]
+    return {str(f.relative_to(place)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_plan_counts_are_products(model: Model, suite: Suite, album: Path) -> None:
+    plan = plan_of(model, suite, album, METHODS, (0, 1, 2))
+    counts = suite.counts()
+    for name in METHODS:
+        own = [item for item in plan.items if item.method == name]
+        assert sum(item.kind == "reconstruction" for item in own) == 3 * counts["reconstruction"] == 3 * 3
+        assert sum(item.kind == "generation" for item in own) == 3 * counts["generation"] == 3 * 3 * 2
+
+
+def test_images_are_equal_exactly_where_all_that_decides_them_is(model: Model, suite: Suite, album: Path) -> None:
+    plan = plan_of(model, suite, album, METHODS)
+    by_key: dict[str, set[tuple[str, str, int]]] = {}
+    for item in plan.items:
+        by_key.setdefault(item.key, set()).add((item.pack, item.drawn, item.seed))
+    assert all(len(causes) == 1 for causes in by_key.values())
+    assert len(by_key) == len({cause for causes in by_key.values() for cause in causes})
+    keys = {name: {item.key for item in plan.items if item.method == name} for name in METHODS}
+    assert keys["rewrite"] == keys["anchor"]  # the prompts hold the knowledge word for word
+    assert not keys["mokus"] & keys["mokus-paper"]
+    assert len({item.pack for item in plan.items if item.method == "naive-db"}) == 3  # one training per knowledge
+
+
+def test_key_depends_on_photos_settings_and_model(model: Model, suite: Suite, album: Path, tmp_path: Path) -> None:
+    def keys(roots: Path, **settings: Any) -> set[str]:
+        return {
+            item.key
+            for item in make_plan(model, suite, {"anchor": method("anchor")}, [0], {"album": roots}, **settings).items
+        }
+
+    other = shutil.copytree(album, tmp_path / "other")
+    for name in ("robot", "duck"):
+        Image.new("RGB", (48, 40), (1, 2, 3)).save(other / name / "0.png")
+    assert keys(album) == keys(album)
+    assert not keys(album) & keys(other)
+    assert not keys(album) & keys(album, steps=3)
+
+
+@pytest.mark.parametrize(
+    ("template", "word", "expected"),
+    [("{} on the beach", "toy", "a toy on the beach"), ("{}", "umbrella", "an umbrella"), ("{}", "sunglasses", "sunglasses"),
+     ("{}", "glass", "a glass"), ("{}", "bus", "a bus")],
+)  # fmt: skip
+def test_class_prompt(template: str, word: str, expected: str) -> None:
+    assert class_prompt(template, word) == expected
+
+
+def test_unknown_method_and_concept_are_refused(model: Model, suite: Suite, album: Path) -> None:
+    with pytest.raises(MokusError, match="no method 'magic'"):
+        method("magic")
+    with pytest.raises(MokusError, match="no concept 'cat'.*robot, duck"):
+        make_plan(model, suite, {"base": method("base")}, [0], {"album": album}, ["cat"])
+    with pytest.raises(MokusError, match="--photos album=DIR"):
+        make_plan(model, suite, {"base": method("base")}, [0], {})
+
+
+def test_every_method_says_what_it_is() -> None:
+    assert all(about(name).endswith((".", ":")) or about(name) for name in METHODS)
+    assert len({about(name) for name in METHODS}) == len(METHODS)
+
+
+def test_shipped_miniature_suite_can_be_planned() -> None:
+    suite = load_suite("miniature")
+    assert sum(len(asked(concept)) for concept in suite.concepts) == (
+        suite.counts()["reconstruction"] + suite.counts()["generation"]
+    )
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def test_everything_planned_is_there_and_nothing_else(model: Model, suite: Suite, album: Path, whole: Path) -> None:
+    plan = plan_of(model, suite, album)
+    assert {f.stem for f in (whole / "images").rglob("*.png")} == set(plan.images())
+    about = json.loads(Image.open(image_file(whole, plan.items[0].key)).text["mokus"])  # type: ignore[attr-defined]
+    assert (about["prompt"], about["seed"]) == (plan.items[0].drawn, plan.items[0].seed)
+
+
+def test_a_finished_run_does_nothing_again(
+    model: Model, suite: Suite, album: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((packs, "learn"), (packs, "bind"), (run, "draw"), (run, "encode")):
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("done again"))
+    before = contents(whole)
+    assert Runner(model, plan_of(model, suite, album), whole, batch_size=4).run() == []
+    assert contents(whole) == before
+
+
+class Killed(BaseException):
+    """What nothing catches, like the death of the process."""
+
+
+@pytest.mark.parametrize("at", [1, 4, 9, 17, 23])
+def test_killed_at_any_write_and_resumed_equals_uninterrupted(
+    model: Model, suite: Suite, album: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """The at-th file to be moved to its place is not; neither is any after it until the run is started again."""
+    real, count = os.replace, 0
+
+    def dying(a: Any, b: Any) -> None:
+        nonlocal count
+        count += 1
+        if count >= at:
+            raise Killed
+        real(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        with pytest.raises(Killed):
+            Runner(model, plan_of(model, suite, album), tmp_path, batch_size=4).run()
+    model.pipe.unload_lora_weights()
+    assert Runner(model, plan_of(model, suite, album), tmp_path, batch_size=4).run() == []
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_deleted_image_is_drawn_again_to_the_bit(
+    model: Model, suite: Suite, album: Path, whole: Path, tmp_path: Path
+) -> None:
+    place = shutil.copytree(whole, tmp_path / "run")
+    for i, file in enumerate(sorted((place / "images").rglob("*.png"))):
+        if i % 3 == 0:
+            file.unlink()
+    Runner(model, plan_of(model, suite, album), place, batch_size=4).run()
+    assert contents(place) == contents(whole)
+
+
+def test_shards_together_draw_what_one_process_does(
+    model: Model, suite: Suite, album: Path, whole: Path, tmp_path: Path
+) -> None:
+    for i in range(2):
+        Runner(model, plan_of(model, suite, album), tmp_path, batch_size=4).run(Shard(i, 2))
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_methods_one_by_one_draw_what_they_draw_together(
+    model: Model, suite: Suite, album: Path, whole: Path, tmp_path: Path
+) -> None:
+    for name in reversed(FAST):
+        Runner(model, plan_of(model, suite, album, (name,)), tmp_path, batch_size=4).run()
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_looks_is_learned_once_for_all_methods(
+    model: Model, suite: Suite, album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[str] = []
+    real = packs.learn
+    monkeypatch.setattr(packs, "learn", lambda *a, **k: learned.append(a[2]) or real(*a, **k))
+    plan = plan_of(model, suite, album, METHODS, (0,))
+    Runner(model, plan, tmp_path, batch_size=8).run()
+    assert sorted(learned) == sorted(["sks toy"] * 2 + [k.text for c in suite.concepts for k in c.knowledge])
+    rows = run.training_rows(plan, Runner(model, plan, tmp_path).shelf)
+    assert {(row["method"], row["concept"]) for row in rows} == {(m, c) for m in METHODS for c in ("robot", "duck")}
+    seconds = {row["method"]: row["seconds_learn"] for row in rows if row["concept"] == "robot"}
+    assert seconds["base"] == 0 < seconds["anchor"] == seconds["mokus"]
+
+
+def test_one_failed_item_does_not_stop_the_rest(
+    model: Model, suite: Suite, album: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(model, suite, album)
+    bad = plan.items[0]
+    real = run.draw
+
+    def draw(model: Model, jobs: Any, *rest: Any) -> Any:
+        if any(seed == bad.seed for _, seed in jobs):
+            raise RuntimeError("out of memory\nsecond line")
+        return real(model, jobs, *rest)
+
+    monkeypatch.setattr(run, "draw", draw)
+    failed = Runner(model, plan, tmp_path, batch_size=4).run()
+    assert {each.key for each in failed} == {key for key, item in plan.images().items() if item.seed == bad.seed}
+    assert {each.reason for each in failed} == {"out of memory"}
+    there = {f.stem for f in (tmp_path / "images").rglob("*.png")}
+    assert there == set(plan.images()) - {each.key for each in failed}
+
+
+def test_concept_without_photos_fails_alone(model: Model, suite: Suite, album: Path, tmp_path: Path) -> None:
+    shutil.copytree(album, tmp_path / "album")
+    shutil.rmtree(tmp_path / "album" / "duck")
+    (tmp_path / "album" / "robot" / "0.png").write_bytes(b"no image")
+    plan = plan_of(model, suite, tmp_path / "album", ("base", "anchor"))
+    failed = Runner(model, plan, tmp_path / "run").run()
+    assert {(each.method, each.concept) for each in failed} == {("anchor", "duck"), ("anchor", "robot")}
+    assert {"cannot be read" in each.reason or "not there" in each.reason for each in failed} == {True}
+    assert {f.stem for f in (tmp_path / "run" / "images").rglob("*.png")} == {
+        i.key for i in plan.items if i.method == "base"
+    }
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+
+
+def test_sweeps_ask_the_same_at_every_value(model: Model, suite: Suite, album: Path) -> None:
+    settings = {name: EditSettings.for_editor(model.defaults, editor=name) for name in EDITORS}
+    for make in SWEEPS.values():
+        sweep = make(suite, settings)
+        plan = make_plan(model, first_alone(suite), sweep.methods, [0], {"album": album})
+        prompts = [{(i.concept, i.prompt) for i in plan.items if i.method == name} for name in sweep.methods]
+        assert all(each == prompts[0] for each in prompts)
+        assert len({i.pack for i in plan.items if i.concept == "robot"}) == len(sweep.methods)
+
+
+def test_knowledge_sweep_begins_with_ones_own_and_shares_packs_with_mokus(
+    model: Model, suite: Suite, album: Path
+) -> None:
+    assert many(suite, "what Ada lent me") == ("what Ada lent me", "my favourite toy", "the pride of our shelf")
+    settings = {name: EditSettings.for_editor(model.defaults, editor=name) for name in EDITORS}
+    sweep = SWEEPS["knowledge"](suite, settings)
+    assert list(sweep.values.values()) == [1, 2, 3]
+    swept = make_plan(model, first_alone(suite), sweep.methods, [0], {"album": album})
+    usual = plan_of(model, suite, album, ("mokus",), (0,))
+    own = {i.pack for i in usual.items if i.concept == "robot"}
+    assert own == {i.pack for i in swept.items if i.concept == "robot" and i.method == "mokus@knowledge=2"}
+
+
+def test_a_longer_pack_goes_on_from_a_shorter_one_to_the_same(
+    model: Model, suite: Suite, album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {name: EditSettings.for_editor(model.defaults, editor=name) for name in EDITORS}
+    sweep = SWEEPS["knowledge"](suite, settings)
+    bound: list[int] = []
+    real = packs.bind
+    monkeypatch.setattr(packs, "bind", lambda *a, **k: bound.append(len(a) - 2) or real(*a, **k))
+    plan = make_plan(model, first_alone(suite), sweep.methods, [0], {"album": album}, ["robot"])
+    Runner(model, plan, tmp_path / "steps").run()
+    assert bound == [1, 1, 1]
+    last = {"last": sweep.methods["mokus@knowledge=3"]}
+    alone = make_plan(model, first_alone(suite), last, [0], {"album": album}, ["robot"])
+    Runner(model, alone, tmp_path / "alone").run()
+    key = alone.items[0].pack
+    found = [Runner(model, p, tmp_path / d).shelf.find(key) for p, d in ((plan, "steps"), (alone, "alone"))]
+    knowledge = [[each.text for each in there[0].knowledge] for there in found if there]
+    assert knowledge[0] == knowledge[1] == list(many(suite, "my favourite toy"))
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, album: Path) -> Path:
+    """A working folder with the suite and its photos."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOKUS_MODEL", str(folder))
+    shutil.copytree(album, tmp_path / "album")
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(SUITE), encoding="utf-8")
+    return tmp_path
+
+
+RUN = "bench knowcus run --suite suite.yaml --photos album=album --seeds 0-1 --batch-size 4 --methods"
+
+
+def command(text: str) -> Result:
+    return CliRunner().invoke(app, text.split())
+
+
+def test_run_and_run_again(place: Path) -> None:
+    found = command(f"{RUN} base,anchor -o out")
+    assert found.exit_code == 0, found.output
+    assert "base: 6 reconstructions, 12 generations" in found.stderr
+    assert "36 images in all, 30 of them different" in found.stderr
+    plan = json.loads((place / "out/plan.json").read_text())
+    assert plan["methods"] == ["base", "anchor"] and len(plan["items"]) == 36
+    assert json.loads((place / "out/failed.json").read_text()) == []
+    before = contents(place / "out")
+    again = command(f"{RUN} base,anchor,rewrite -o out --json")
+    assert again.exit_code == 0 and json.loads(again.stdout)["failed"] == []
+    assert contents(place / "out") == before  # a rewrite is the anchor here
+    assert json.loads((place / "out/plan.json").read_text())["methods"] == ["base", "anchor", "rewrite"]
+
+
+def test_plan_draws_nothing(place: Path) -> None:
+    found = command(f"{RUN} base -o out --plan")
+    assert found.exit_code == 0 and "to do: 18 images" in found.stderr and not (place / "out").exists()
+
+
+def test_failures_are_listed_and_exit_code_is_1(place: Path) -> None:
+    shutil.rmtree(place / "album" / "duck")
+    found = command(f"{RUN} base,anchor -o out")
+    assert found.exit_code == 1 and "failed: anchor, duck" in found.stderr and "Traceback" not in found.output
+    listed = json.loads((place / "out/failed.json").read_text())
+    assert {each["concept"] for each in listed} == {"duck"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--methods base,magic -o out", "there is no method 'magic', expected some of base, anchor"),
+        ("--methods base --seeds x -o out", "--seeds got 'x'"),
+        ("--methods base --concepts cat -o out", "has no concept 'cat', expected some of robot, duck"),
+        ("--methods base --photos nowhere=album -o out", "expected SOURCE=DIR with a source of album"),
+        ("--methods base --photos album=nothing -o out", "the folder of album, nothing, is not there"),
+        ("--methods base --suite nothing.yaml -o out", "nothing.yaml"),
+        ("--methods base --size 33 -o out", "multiple of"),
+    ],
+)
+def test_mistakes_are_one_sentence(place: Path, arguments: str, sentence: str) -> None:
+    found = command(f"bench knowcus run --suite suite.yaml --photos album=album {arguments}")
+    assert found.exit_code == 2, found.output
+    assert sentence in " ".join(found.stderr.split()) and len(found.stderr.strip().splitlines()) == 1
+    assert not (place / "out").exists()
+
+
+def test_photos_must_be_named(place: Path) -> None:
+    found = command("bench knowcus run --suite suite.yaml --methods base -o out")
+    assert found.exit_code == 2 and "--photos album=DIR" in found.stderr
+
+
+def test_folder_of_another_run_is_refused(place: Path) -> None:
+    assert command(f"{RUN} base -o out").exit_code == 0
+    found = command(f"{RUN} base --steps 3 -o out")
+    assert found.exit_code == 2 and "another settings" in found.stderr
+
+
+def test_two_runs_at_once_are_refused(place: Path) -> None:
+    with run.alone(place / "out"):
+        found = command(f"{RUN} base -o out")
+    assert found.exit_code == 2 and "another run is at work" in found.stderr
+
+
+def test_full_disk_is_a_sentence_and_loses_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, count = run.save_png, 0
+
+    def save_png(result: Any, file: Path) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        real(result, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_png", save_png)
+        found = command(f"{RUN} base -o out")
+    assert found.exit_code == 2 and "No space left on device" in found.stderr and "Traceback" not in found.output
+    assert len(list((place / "out/images").rglob("*"))) >= 2
+    assert command(f"{RUN} base -o out").exit_code == 0
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_files_as_one(place: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    rest = f"-m mokus {RUN} {','.join(FAST)}"
+    one = [sys.executable, *rest.split(), "-o", "one"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    two = [*launch, *rest.split(), "-o", "two"]
+    for arguments in (one, two):
+        done = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert contents(place / "one") == contents(place / "two")
+    items = [json.loads((place / name / "plan.json").read_text())["items"] for name in ("one", "two")]
+    assert items[0] == items[1]
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume(place: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-m", "mokus", *f"{RUN} {','.join(FAST)} -o out".split()]
+    for many_files in (1, 6):  # killed when so many images are there
+        process = subprocess.Popen(
+            arguments, cwd=place, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        _wait(
+            lambda n=many_files: len(list((place / "out").rglob("images/*/*.png"))) >= n or process.poll() is not None
+        )
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    straight = [sys.executable, "-m", "mokus", *f"{RUN} {','.join(FAST)} -o straight".split()]
+    assert subprocess.run(straight, cwd=place, env=environment, capture_output=True, timeout=300).returncode == 0
+    assert contents(place / "out") == contents(place / "straight")
+
+
+def _wait(until: Callable[[], bool], seconds: float = 120) -> None:
+    began = time.monotonic()
+    while not until() and time.monotonic() - began < seconds:
+        time.sleep(0.02)
