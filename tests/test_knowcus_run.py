@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +156,7 @@ def test_class_prompt(template: str, word: str, expected: str) -> None:
 def test_unknown_method_and_concept_are_refused(model: Model, suite: Suite, album: Path) -> None:
     with pytest.raises(MokusError, match="no method 'magic'"):
         method("magic")
-    with pytest.raises(MokusError, match="no concept 'cat'.*robot, duck"):
+    with pytest.raises(MokusError, match=r"no concept 'cat'.*robot, duck"):
         make_plan(model, suite, {"base": method("base")}, [0], {"album": album}, ["cat"])
     with pytest.raises(MokusError, match="--photos album=DIR"):
         make_plan(model, suite, {"base": method("base")}, [0], {})
@@ -468,9 +467,7 @@ def test_kill_9_and_resume(place: Path) -> None:
         process = subprocess.Popen(
             arguments, cwd=place, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
-        _wait(
-            lambda n=many_files: len(list((place / "out").rglob("images/*/*.png"))) >= n or process.poll() is not None
-        )
+        _wait_for(place / "out", many_files, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
     done = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
@@ -480,7 +477,9 @@ def test_kill_9_and_resume(place: Path) -> None:
     assert contents(place / "out") == contents(place / "straight")
 
 
-def _wait(until: Callable[[], bool], seconds: float = 120) -> None:
+def _wait_for(place: Path, images: int, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    """Until so many images are there, or the process has ended."""
     began = time.monotonic()
-    while not until() and time.monotonic() - began < seconds:
+    while len(list(place.rglob("images/*/*.png"))) < images and process.poll() is None:
+        assert time.monotonic() - began < seconds
         time.sleep(0.02)

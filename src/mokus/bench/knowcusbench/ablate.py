@@ -16,6 +16,8 @@ from mokus.bench.knowcusbench.manifest import Suite
 from mokus.bench.knowcusbench.methods import Method, method
 from mokus.bench.knowcusbench.recipe import Case, Recipe
 from mokus.bench.knowcusbench.run import read_json, write_json
+from mokus.editors import EDITORS
+from mokus.pipeline import Defaults
 from mokus.settings import EditSettings
 
 COUNTS = (1, 2, 3, 4, 5, 10, 20)
@@ -68,6 +70,12 @@ SWEEPS: dict[str, Callable[[Suite, Mapping[str, EditSettings]], Sweep]] = {
     "eta": eta_sweep,
     "layers": layers_sweep,
 }
+
+
+def chosen(suite: Suite, names: Sequence[str], defaults: Defaults) -> list[Sweep]:
+    """The sweeps of these names, for a model with these defaults."""
+    editing = {name: EditSettings.for_editor(defaults, editor=name) for name in EDITORS}
+    return [SWEEPS[name](suite, editing) for name in names]
 
 
 def many(suite: Suite, first: str) -> tuple[str, ...]:

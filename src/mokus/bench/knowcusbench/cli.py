@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -152,6 +154,44 @@ def report(
     typer.echo(f"{folder / 'results.json'}; open {next(file for file in files if file.suffix == '.html')}")
 
 
+@knowcus.command()
+def ablate(
+    output: FolderOption,
+    sweep: Annotated[str, typer.Option(help="Which, with commas between them: knowledge, eta, layers.")] = "knowledge",
+    suite: SuiteOption = "miniature",
+    seeds: SeedsOption = "0-4",
+    concepts: ConceptsOption = None,
+    dreambench: DreamBenchOption = None,
+    customconcept101: CustomOption = None,
+    photos: PhotosOption = None,
+    model: ModelOption = None,
+    batch_size: BatchOption = 32,
+    learn_steps: LearnStepsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sweep the number of pieces of knowledge, the editor's step size or its layers, in the folder of a run; score that."""
+    from mokus.bench.knowcusbench import ablate as sweeps
+    from mokus.bench.knowcusbench.manifest import load_suite
+    from mokus.bench.knowcusbench.run import read_json
+
+    names = [name.strip() for name in sweep.split(",")]
+    for name in names:
+        if name not in sweeps.SWEEPS:
+            raise MokusError(f"there is no sweep {name!r}, expected some of {', '.join(sweeps.SWEEPS)}.")
+    loaded, roots = load_suite(suite), (dreambench, customconcept101, photos)
+    chosen = sweeps.chosen(loaded, names, load_model(model).defaults)
+    methods = {name: each for one in chosen for name, each in one.methods.items()}
+    _run(
+        output, suite, methods, parse_seeds(seeds), concepts, roots, model, batch_size, learn_steps, None, None, False,
+        False, sweeps.first_alone,
+    )  # fmt: skip
+    _score(output, suite, roots, None, None)
+    sweeps.write(output, chosen)
+    if as_json:
+        return print_json(read_json(output / "ablation.json"))
+    typer.echo(f"{output / 'ablation.json'}; 'mokus bench knowcus report {output}' draws it")
+
+
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +221,7 @@ def _names(text: str | None, known: tuple[str, ...]) -> list[str]:
 def _run(
     output: Path, suite: str, methods: dict[str, Method], seeds: list[int], concepts: str | None, roots: Any,
     model: str | None, batch_size: int, learn_steps: int | None, steps: int | None, size: int | None, plan_only: bool,
-    as_json: bool,
+    as_json: bool, part: Callable[[Suite], Suite] = lambda suite: suite,
 ) -> None:  # fmt: skip
     """Plan, say so, draw, and end with exit code 1 if an item failed."""
     from mokus.bench.knowcusbench import run as runner
@@ -197,7 +237,7 @@ def _run(
     learn = LearnSettings.for_model(engine.defaults.learn)
     learn = replace(learn, steps=learn_steps) if learn_steps else learn
     names = concepts.split(",") if concepts is not None else None
-    plan = make_plan(engine, loaded, methods, seeds, folders, names, learn, steps=steps, size=size)
+    plan = make_plan(engine, part(loaded), methods, seeds, folders, names, learn, steps=steps, size=size)
     if several.first:
         expected = runner.estimate(engine, plan, output, batch_size)
         if not as_json:
@@ -208,7 +248,7 @@ def _run(
         return None
     with runner.alone(output) if several.first else nullcontext():
         if several.first:
-            runner.write_plan(engine, plan, output, seeds, _command(), suite)
+            runner.write_plan(engine, replace(plan, suite=loaded), output, seeds, _command(), suite)
         several.wait()
         with Bars() if several.first else nullcontext() as progress:
             work = runner.Runner(engine, plan, output, batch_size, progress)
@@ -225,14 +265,11 @@ def _run(
 
 def plan_lines(suite: Suite, items: list[Any], expected: Estimate, processes: int) -> list[str]:
     """What a run amounts to, in words."""
-    counts: dict[tuple[str, str], int] = {}
-    for item in items:
-        counts[item.method, item.kind] = counts.get((item.method, item.kind), 0) + 1
+    counts = Counter((item.method, item.kind) for item in items)
     lines = [f"{suite.name}: {len({item.concept for item in items})} concepts"]
     for name in dict.fromkeys(item.method for item in items):
-        lines.append(
-            f"  {name}: {counts.get((name, 'reconstruction'), 0):,} reconstructions, {counts.get((name, 'generation'), 0):,} generations"
-        )
+        both = (counts[name, "reconstruction"], counts[name, "generation"])
+        lines.append("  {}: {:,} reconstructions, {:,} generations".format(name, *both))
     minutes = expected.seconds / 60 / processes
     lines.append(
         f"{len(items):,} images in all, {len({item.key for item in items}):,} of them different; to do: {expected.images:,} "

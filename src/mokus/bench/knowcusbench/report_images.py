@@ -54,7 +54,7 @@ def _grid(run: Run, found: Found, rows: Sequence[tuple[str, str, int, str, int]]
     head = "".join(f"<th scope=col>{escape(method)}</th>" for method in run.methods)
     body = []
     for row in rows:
-        cells = [found.get((method, *row)) for method in run.methods]  # type: ignore[arg-type]
+        cells = [found.get((method, *row)) for method in run.methods]
         prompt = next((each.prompt for each in cells if each), "")
         body.append(f"<tr><th scope=rowgroup colspan={len(cells)}>{escape(prompt)}</th></tr>")
         body.append(f"<tr>{''.join(_cell(run, each) for each in cells)}</tr>")
