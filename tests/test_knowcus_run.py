@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -29,6 +31,7 @@ from mokus.bench.knowcusbench.run import Runner, Shard
 from mokus.cli import app
 from mokus.editors import EDITORS
 from mokus.errors import MokusError
+from mokus.generation import packs_loaded
 from mokus.pipeline import Model
 from mokus.settings import EditSettings
 
@@ -182,6 +185,26 @@ def test_everything_planned_is_there_and_nothing_else(model: Model, suite: Suite
     assert {f.stem for f in (whole / "images").rglob("*.png")} == set(plan.images())
     about = json.loads(Image.open(image_file(whole, plan.items[0].key)).text["mokus"])  # type: ignore[attr-defined]
     assert (about["prompt"], about["seed"]) == (plan.items[0].drawn, plan.items[0].seed)
+
+
+def test_images_are_those_of_the_plain_pipeline_with_the_pack(
+    model: Model, suite: Suite, album: Path, whole: Path
+) -> None:
+    """Up to rounding; an edit moves the negative prompt as it moves any other."""
+    plan = plan_of(model, suite, album)
+    shelf = Runner(model, plan, whole).shelf
+    for name in ("base", "anchor", "mokus"):
+        item = next(each for each in plan.items if each.method == name and each.perspective)
+        found = shelf.find(item.pack) if item.pack else None
+        s = plan.settings
+        with packs_loaded(model, [found[0]] if found else []):
+            image = model.pipe(
+                prompt=item.drawn, negative_prompt=s["negative_prompt"], true_cfg_scale=s["true_cfg_scale"],
+                num_inference_steps=s["steps"], height=s["size"], width=s["size"],
+                generator=torch.Generator("cpu").manual_seed(item.seed),
+            ).images[0]  # fmt: skip
+        drawn = Image.open(image_file(whole, item.key))
+        assert abs(np.asarray(image, dtype=int) - np.asarray(drawn, dtype=int)).max() <= 1
 
 
 def test_a_finished_run_does_nothing_again(

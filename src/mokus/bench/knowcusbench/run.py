@@ -51,6 +51,15 @@ class Shard:
     count: int = 1
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Items that are drawn together, their prompts' encodings (s, d), and that of the negative prompt, if it is used."""
+
+    items: list[Item]
+    encodings: list[Tensor]
+    negative: Tensor | None
+
+
 class Runner:
     """Draws what is planned into a folder."""
 
@@ -91,11 +100,9 @@ class Runner:
             batches, pack = self._encoded(of_pack)
             self._draw(batches, pack)
 
-    def _encoded(
-        self, of_pack: dict[str, list[Item]]
-    ) -> tuple[list[tuple[list[Item], list[Tensor]]], ConceptPack | None]:
+    def _encoded(self, of_pack: dict[str, list[Item]]) -> tuple[list[_Batch], ConceptPack | None]:
         """The batches that are not all there yet, with their prompts' encodings, and the pack with their looks."""
-        found: list[tuple[list[Item], list[Tensor]]] = []
+        found: list[_Batch] = []
         looks: ConceptPack | None = None
         for key, items in of_pack.items():
             several = [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
@@ -107,10 +114,16 @@ class Runner:
                 looks = self._pack(key, items[0].concept) or looks
                 shifts = looks.shifts() if looks else {}
                 with self.model.resident("text_encoder"), low_rank.applied(self.model.pipe.text_encoder, shifts):
-                    found += [(batch, encode(self.model, [item.drawn for item in batch])) for batch in wanted]
+                    found += [self._batch(items) for items in wanted]
             except FAULTS as error:
                 self._give_up([item for batch in wanted for item in batch], error)
         return found, looks
+
+    def _batch(self, items: list[Item]) -> _Batch:
+        """The items with their encodings, and that of the negative prompt, which edits may move as any other."""
+        negative = [self.plan.settings["negative_prompt"]] if self.plan.settings["true_cfg_scale"] > 1 else []
+        encodings = encode(self.model, [*(item.drawn for item in items), *negative])
+        return _Batch(items, encodings[: len(items)], encodings[-1] if negative else None)
 
     def _pack(self, key: str, concept: str) -> ConceptPack | None:
         """The pack of a recipe, made now if it is not there; None for the base model."""
@@ -126,31 +139,26 @@ class Runner:
         shorter = {n: self.plan.key_of(concept, recipe.first(n)) for n in range(1, len(recipe.knowledge))}
         return self.shelf.bound(key, recipe, looks, shorter)
 
-    def _draw(self, batches: Sequence[tuple[list[Item], list[Tensor]]], pack: ConceptPack | None) -> None:
+    def _draw(self, batches: Sequence[_Batch], pack: ConceptPack | None) -> None:
         """Draw and write batches of one looks."""
         if not batches:
             return
-        settings = self.plan.settings
-        negative = None
-        if settings["true_cfg_scale"] > 1:
-            with self.model.resident("text_encoder"):
-                negative = encode(self.model, [settings["negative_prompt"]])[0]
         with self.model.resident("transformer", "vae"), looks_loaded(self.model, [pack] if pack else []):
-            for items, encodings in batches:
+            for batch in batches:
                 try:
-                    self._draw_batch(items, encodings, negative)
+                    self._draw_batch(batch)
                 except FAULTS:  # which of them it is, shows when each is drawn alone
-                    for item, encoding in zip(items, encodings, strict=True):
+                    for item, encoding in zip(batch.items, batch.encodings, strict=True):
                         try:
-                            self._draw_batch([item], [encoding], negative)
+                            self._draw_batch(_Batch([item], [encoding], batch.negative))
                         except FAULTS as error:
                             self._give_up([item], error)
 
-    def _draw_batch(self, items: Sequence[Item], encodings: Sequence[Tensor], negative: Tensor | None) -> None:
-        jobs = [(encoding, item.seed) for item, encoding in zip(items, encodings, strict=True)]
-        images = draw(self.model, jobs, negative, self.plan.settings)
+    def _draw_batch(self, batch: _Batch) -> None:
+        jobs = [(encoding, item.seed) for item, encoding in zip(batch.items, batch.encodings, strict=True)]
+        images = draw(self.model, jobs, batch.negative, self.plan.settings)
         about = {**self.plan.settings, "model": self.model.id, "fingerprint": self.model.fingerprint}
-        for item, image in zip(items, images, strict=True):
+        for item, image in zip(batch.items, images, strict=True):
             file = image_file(self.folder, item.key)
             if not file.is_file():
                 file.parent.mkdir(parents=True, exist_ok=True)
