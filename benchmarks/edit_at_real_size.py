@@ -51,27 +51,19 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import DynamicCache
 
 from mokus.capture import recorded
 from mokus.console import one_sentence
 from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift, applied
+from mokus.qwen_image import BLOCK, LAYERS, TEXT, WEIGHT_STD, edited_layers, random_text_encoder
 
-TEXT = {
-    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-    "num_key_value_heads": 4, "vocab_size": 152064, "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-}  # fmt: skip
-VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "fullatt_block_indexes": [0]}
 MODULES = ("mlp.gate_proj", "mlp.up_proj")
-LAYERS = 28
 
 QUESTIONS, PREFIX, QUESTION, TAIL, ANSWER = 3, 34, 12, 5, 3  # questions, and tokens of each part of their rows
 STEPS = 8
 ETA = 1e-6  # UltraEdit's for Qwen2.5-7B
-WEIGHT_STD = 0.02
-BLOCK = 4_194_301  # random numbers that all weights are made of; a prime, so that no two rows of a matrix are the same
 SOLVES = 20  # repeats of our solve
 
 WANTED = {"solve_ratio": (">=", 500), "step_ratio": (">=", 5), "size_ratio": (">=", 500), "error_ours": ("<=", 1e-6)}
@@ -85,43 +77,14 @@ def say(sentence: str) -> None:
 # --- the model and what it is asked ---------------------------------------------------------
 
 
-def edited_layers(layers: int) -> range:
-    """18 to 25 of 28 layers, and the same share of fewer."""
-    stop = layers - max(1, round(layers * 2 / LAYERS))
-    return range(max(0, stop - max(1, round(layers * 8 / LAYERS))), stop)
-
-
 def paths_of(layers: int) -> list[str]:
     """The edited weight matrices, lowest first."""
     return [f"model.language_model.layers.{i}.{name}" for i in edited_layers(layers) for name in MODULES]
 
 
 def built(text: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The model with random weights: windows of one block of normal numbers, which takes seconds where drawing takes minutes.
-
-    It is never in memory twice, nor in another dtype. The vision tower's buffers are left unset; it is never run.
-    """
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=dict(text), vision_config=dict(VISION)))
-    model = model.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
-    language_model = model.model.language_model
-    language_model.rotary_emb = type(language_model.rotary_emb)(language_model.config)  # to_empty unset its buffers
-    random = torch.Generator().manual_seed(0)
-    block = torch.empty(BLOCK, dtype=dtype).normal_(0, WEIGHT_STD, generator=random)
-    for name, weight in model.named_parameters():
-        if "norm" in name:
-            weight.fill_(1)
-        else:
-            _fill(weight, block, int(torch.randint(BLOCK, (1,), generator=random)))
-    return model
-
-
-def _fill(weight: Tensor, block: Tensor, offset: int) -> None:
-    flat = weight.view(-1)
-    head = min(len(flat), len(block) - offset)
-    flat[:head] = block[offset : offset + head]
-    for part in flat[head:].split(len(block)):
-        part.copy_(block[: len(part)])
+    """The model with random weights, in host memory; never twice, nor in another dtype."""
+    return random_text_encoder(text, "cpu", dtype, WEIGHT_STD, BLOCK)
 
 
 @dataclass(frozen=True)

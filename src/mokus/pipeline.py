@@ -47,6 +47,7 @@ class Model:
     defaults: Defaults
     device: torch.device
     corpus: tuple[str, ...] = ()  # prompts like those it was trained on, from `mokus_corpus.txt` in its folder
+    stays: bool = False  # all components are on the device at once, and none is ever moved; see `has_room`
     _residents: list[tuple[str, ...]] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -56,11 +57,12 @@ class Model:
 
     @contextmanager
     def resident(self, *names: str) -> Iterator[None]:
-        """Inside, only these components are on the device, the others in host memory; on a CPU nothing moves.
+        """Inside, only these components are on the device, the others in host memory.
 
-        May be nested; afterwards everything is where it was before.
+        May be nested; afterwards everything is where it was before. On a CPU, and on a device with room for all of them,
+        nothing moves: Qwen-Image's weights are 57 GB, which take long from a GPU to host memory and back.
         """
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" or self.stays:
             yield
             return
         self._residents.append(names)
@@ -100,9 +102,18 @@ def load(model: str | Path | None = None, device: str | None = None, dtype: torc
     pipe.set_progress_bar_config(disable=True)
     for name in COMPONENTS:
         getattr(pipe, name).requires_grad_(False).eval()
-    return Model(
-        pipe, MINIATURE if model in (None, MINIATURE) else source, fingerprint(pipe), defaults, where, _corpus(source)
-    )
+    if stays := has_room(pipe, where):
+        pipe.to(where)
+    name = MINIATURE if model in (None, MINIATURE) else source
+    return Model(pipe, name, fingerprint(pipe), defaults, where, _corpus(source), stays)
+
+
+def has_room(pipe: QwenImagePipeline, device: torch.device) -> bool:
+    """Whether it is a GPU that holds all components at once, and as much again for what they compute."""
+    if device.type != "cuda":
+        return False
+    weights = sum(weight.nbytes for name in COMPONENTS for weight in getattr(pipe, name).parameters())
+    return 2 * weights <= int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def encode(model: Model, prompts: Sequence[str]) -> list[Tensor]:
