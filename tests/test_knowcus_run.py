@@ -400,6 +400,42 @@ def test_run_and_run_again(place: Path) -> None:
     assert json.loads((place / "out/plan.json").read_text())["methods"] == ["base", "anchor", "rewrite"]
 
 
+def test_check_says_what_there_is(place: Path) -> None:
+    check = "bench knowcus check --suite suite.yaml --photos album=album"
+    found = command(check)
+    assert found.exit_code == 0 and "2 of 2 concepts are ready" in found.stdout, found.output
+    shutil.rmtree(place / "album" / "duck")
+    found = command(f"{check} --json")
+    there = {each["concept"]: each["problem"] for each in json.loads(found.stdout)["photos"]}
+    assert found.exit_code == 1 and there["robot"] is None and "https://example.org" in there["duck"]
+    assert "rendered" in command("bench knowcus check --suite miniature").stdout
+
+
+def test_a_sweep_is_drawn_scored_and_reported(place: Path) -> None:
+    clip = Path(pipeline.__file__).parent / "miniature/weights/clip"
+    measured = f"--clip {clip} --without clip_i_seg,dino,pick"
+    ablate = f"bench knowcus ablate --sweep eta --suite suite.yaml --photos album=album --seeds 0 -o out {measured}"
+    found = command(f"{ablate} --json")
+    assert found.exit_code == 0, found.output
+    (sweep,) = json.loads(found.stdout)["sweeps"]
+    assert sweep["name"] == "eta" and len({row["value"] for row in sweep["rows"]}) == 5
+    assert len(list((place / "out/images").rglob("*.png"))) == 2 * 5 * 3  # concepts x values x (itself and two prompts)
+    report = command(f"bench knowcus report out --photos album=album {measured}")
+    assert report.exit_code == 0, report.output
+    assert "eta" in (place / "out/report.md").read_text() and (place / "out/report.html").is_file()
+    assert json.loads((place / "out/results.json").read_text())
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    ("ablate --sweep colour -o out", "there is no sweep 'colour', expected some of knowledge, eta, layers."),
+    ("report nowhere", "nowhere holds no run; make one by 'mokus bench knowcus run -o nowhere'."),
+    ("check --suite nowhere.yaml", "nowhere.yaml"),
+])  # fmt: skip
+def test_mistakes_of_the_other_commands(place: Path, arguments: str, sentence: str) -> None:
+    found = command(f"bench knowcus {arguments}")
+    assert found.exit_code == 2 and sentence in found.stderr and "Traceback" not in found.output, found.output
+
+
 def test_plan_draws_nothing(place: Path) -> None:
     found = command(f"{RUN} base -o out --plan")
     assert found.exit_code == 0 and "to do: 18 images" in found.stderr and not (place / "out").exists()

@@ -84,13 +84,14 @@ def check(
     states = check_photos(loaded, _roots(loaded, dreambench, customconcept101, photos))
     missing = [state for state in states if state.problem]
     if as_json:
-        print_json({"suite": loaded.name, "counts": loaded.counts(), "photos": [asdict(state) for state in states]})
+        found = [{**asdict(each), "folder": each.folder and str(each.folder), "state": each.state} for each in states]
+        print_json({"suite": loaded.name, "counts": loaded.counts(), "photos": found})
     else:
         for what, number in _flat(loaded.counts()):
             typer.echo(f"{number:7,d}  {what}")
         table = Table("concept", "source", "photos", "", box=None, pad_edge=False)
         for state in states:
-            table.add_row(state.concept, state.source, str(state.photos), state.problem or "")
+            table.add_row(state.concept, state.source, str(state.photos or state.state), state.problem or "")
         stdout(width=130).print(table)
         typer.echo(f"{len(states) - len(missing)} of {len(states)} concepts are ready")
         for name in dict.fromkeys(state.source for state in missing):
@@ -167,6 +168,12 @@ def ablate(
     model: ModelOption = None,
     batch_size: BatchOption = 32,
     learn_steps: LearnStepsOption = None,
+    clip: ClipOption = None,
+    dino: DinoOption = None,
+    pick: PickOption = None,
+    detector: DetectorOption = None,
+    segmenter: SegmenterOption = None,
+    without: WithoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Sweep the number of pieces of knowledge, the editor's step size or its layers, in the folder of a run; score that."""
@@ -181,11 +188,14 @@ def ablate(
     loaded, roots = load_suite(suite), (dreambench, customconcept101, photos)
     chosen = sweeps.chosen(loaded, names, load_model(model).defaults)
     methods = {name: each for one in chosen for name, each in one.methods.items()}
-    _run(
+    goes_on = _run(
         output, suite, methods, parse_seeds(seeds), concepts, roots, model, batch_size, learn_steps, None, None, False,
-        False, sweeps.first_alone,
+        as_json, sweeps.first_alone, last=False,
     )  # fmt: skip
-    _score(output, suite, roots, None, None)
+    if not goes_on:
+        return
+    models = {"clip": clip, "dino": dino, "pick": pick, "detector": detector, "segmenter": segmenter}
+    _score(output, suite, roots, None, without, **models)
     sweeps.write(output, chosen)
     if as_json:
         return print_json(read_json(output / "ablation.json"))
@@ -221,9 +231,12 @@ def _names(text: str | None, known: tuple[str, ...]) -> list[str]:
 def _run(
     output: Path, suite: str, methods: dict[str, Method], seeds: list[int], concepts: str | None, roots: Any,
     model: str | None, batch_size: int, learn_steps: int | None, steps: int | None, size: int | None, plan_only: bool,
-    as_json: bool, part: Callable[[Suite], Suite] = lambda suite: suite,
-) -> None:  # fmt: skip
-    """Plan, say so, draw, and end with exit code 1 if an item failed."""
+    as_json: bool, part: Callable[[Suite], Suite] = lambda suite: suite, last: bool = True,
+) -> bool:  # fmt: skip
+    """Plan, say so, draw, and end with exit code 1 if an item failed. Returns whether this is the process that goes on.
+
+    `last`: nothing comes after it, so what was drawn is said.
+    """
     from mokus.bench.knowcusbench import run as runner
     from mokus.bench.knowcusbench.distributed import Processes
     from mokus.bench.knowcusbench.manifest import load_suite
@@ -243,9 +256,11 @@ def _run(
         if not as_json:
             _say(plan_lines(loaded, plan.items, expected, several.shard.count))
         if plan_only:
-            return print_json({"counts": loaded.counts(), **asdict(expected)}) if as_json else None
+            if as_json:
+                print_json({"counts": loaded.counts(), **asdict(expected)})
+            return True
     elif plan_only:
-        return None
+        return False
     with runner.alone(output) if several.first else nullcontext():
         if several.first:
             runner.write_plan(engine, replace(plan, suite=loaded), output, seeds, _command(), suite)
@@ -258,9 +273,10 @@ def _run(
             runner.write_training(plan, work.shelf, output)
             runner.write_json(output / "failed.json", [asdict(each) for each in failed])
     if several.first:
-        _finish(output, plan.images(), failed, as_json)
+        _finish(output, plan.images(), failed, as_json, last)
     if failed:
         raise typer.Exit(1)
+    return several.first
 
 
 def plan_lines(suite: Suite, items: list[Any], expected: Estimate, processes: int) -> list[str]:
@@ -288,10 +304,10 @@ def _command() -> str:
     return shlex.join(["mokus", *sys.argv[1:]])
 
 
-def _finish(output: Path, images: dict[str, Any], failed: list[Failed], as_json: bool) -> None:
-    if as_json:
+def _finish(output: Path, images: dict[str, Any], failed: list[Failed], as_json: bool, last: bool) -> None:
+    if last and as_json:
         print_json({"images": len(images), "failed": [asdict(each) for each in failed], "folder": str(output)})
-    else:
+    elif last:
         typer.echo(f"{len(images) - len(failed):,} images are in {output / 'images'}")
     for each in failed[:20]:
         note(f"failed: {each.method}, {each.concept}, {each.key}: {each.reason}")
