@@ -9,6 +9,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+# Prompts in which a thing keeps what it is and looks another way.
+OTHER_LOOKS = (
+    "{} as a watercolour", "{} in the street in black and white", "a picture of {} as an oil painting",
+    "{}, made of glass", "a wooden version of {}", "a photo of {}, shiny",
+)  # fmt: skip
+
 # {c} the class word or another thing, {k} a relative, {a} {b} adjectives, {v} made, {y} a year, {w} where, {d} does, {f} feel
 _REFERENCES = (
     "my {c}", "your {c}", "his favourite {c}", "her {a} {c}", "our {a} {c}", "the {c} of my {k}", "the {a} {c} {w}",

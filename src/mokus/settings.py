@@ -61,6 +61,9 @@ class LearnSettings(_Settings):
     time_std: float = _set(1.0, "Standard deviation of logit(t).")
     tail_share: float = _set(0.5, "Share of samples in which only the tail of the prompt's encoding is the anchor's.")
     place_share: float = _set(0.5, "Share of samples whose prompt says the place, too; 0 is the anchor alone.")
+    looks_share: float = _set(
+        0.25, "Share of samples whose prompt asks for another style or material, learned at high noise alone."
+    )
     prior_weight: float = _set(1.0, "Weight of prior preservation; 0 is none.")
     prior_batch_size: int = _set(1, "Preserved samples in each step.")
     prior_prompts: int = _set(24, "Prompts whose images by the base model are preserved.")
@@ -76,9 +79,10 @@ class LearnSettings(_Settings):
             1, "steps", "rank", "batch_size", "prior_batch_size", "prior_prompts", "prior_steps", "checkpoint_every"
         )
         self._at_least(
-            0, "learning_rate", "time_std", "prior_weight", "preview_every", "tail_share", "place_share", "seed"
-        )
-        for name in ("tail_share", "place_share"):
+            0, "learning_rate", "time_std", "prior_weight", "preview_every", "tail_share", "place_share",
+            "looks_share", "seed",
+        )  # fmt: skip
+        for name in ("tail_share", "place_share", "looks_share"):
             if getattr(self, name) > 1:
                 raise MokusError(f"{name} is {getattr(self, name)}, expected a share from 0 to 1.")
         if not self.targets:

@@ -9,6 +9,9 @@ MoKus section 4.1, with three additions, two of which stage 2 needs:
   a share of the samples the prompt is another one whose tail has come FAR or farther towards the anchor's, and among the
   preserved samples are some whose tail has come up to NEAR: the looks bind to what stage 2 writes, and to nothing less.
 - *Places.* In a share of the samples the prompt also says where the photo was taken (`places`).
+- *Other looks.* In a share of the samples the prompt asks for another style or material, of which there is no photo. What a
+  thing is is decided at high noise, how it looks at low: so these are learned from the photo at t >= DECIDED alone, and the
+  style stays the base model's. Without them the anchor gives way to its class word in every style.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from mokus.knowledge import class_word as class_word_of
 from mokus.photos import Photo, load_photos, photos_of
 from mokus.pipeline import encode, pad
 from mokus.places import PLACES, place_of
-from mokus.prior_prompts import in_their_places, prior_prompts, references
+from mokus.prior_prompts import OTHER_LOOKS, in_their_places, prior_prompts, references
 from mokus.settings import LearnSettings
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ ADAPTER = "mokus"
 WARMUP = 20  # steps
 CROPS = 4  # random crops of each photo, if wanted
 LENDERS = 16  # prompts that lend all their tokens but the tail
+DECIDED = 0.6  # noise level t, down to which it is decided what is drawn
 FAR, NEAR = 0.6, 0.4  # of the way from another prompt's tail to the anchor's: the concept; still what it was
 
 
@@ -161,8 +165,10 @@ class _Run:
             self.photo_of = torch.tensor([i for i, part in enumerate(parts) for _ in part])
         s, word = self.settings, self.word
         yield from self.find_places(word)
-        self.forms = list(dict.fromkeys(["{}", *self.own_forms]))  # prompts with {} for the subject
+        looks = OTHER_LOOKS if s.looks_share else ()
+        self.forms = list(dict.fromkeys(["{}", *self.own_forms, *looks]))  # prompts with {} for the subject
         self.form_of = torch.tensor([self.forms.index(form) for form in self.own_forms])  # (photos,)
+        self.looks = torch.tensor([self.forms.index(form) for form in looks], dtype=torch.long)
         subjects = [self.anchor, *references(word, LENDERS, s.seed)]
         own = [form.format(subject) for form in self.forms for subject in subjects]
         prior = prior_prompts(word, s.prior_prompts, s.seed)
@@ -347,8 +353,10 @@ class _Run:
         pick = torch.randint(len(self.latents), (b,), generator=random)
         z0, z1 = self.latents[pick].cpu(), torch.randn(b, *self.latents.shape[1:], generator=random)
         t = flow.logit_normal(b, s.time_mean, s.time_std, random)
+        restyled = torch.rand(b, generator=random) < s.looks_share
+        t = torch.where(restyled, DECIDED + (1 - DECIDED) * t, t)
         z, wanted = flow.interpolate(z0, z1, t), flow.target(z0, z1)
-        text, goal, way = self.concept_texts(self.photo_of[pick], random)
+        text, goal, way = self.concept_texts(self.photo_of[pick], restyled, random)
         if s.prior_weight:
             kept = self.preserved
             rows = torch.randint(len(kept.t), (s.prior_batch_size,), generator=random)
@@ -362,15 +370,19 @@ class _Run:
         each = flow.loss(self.velocity(z, t, text, goal, way), wanted.to(self.model.device))  # (b + prior,)
         return each[:b].mean() + (s.prior_weight * each[b:].mean() if s.prior_weight else 0.0)
 
-    def concept_texts(self, photo: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def concept_texts(self, photo: Tensor, restyled: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """For each photo (b,) the anchor's prompt or, in a share of them, a lender's, and how far its tail is moved to it.
 
-        Both in the form of the photo's own prompt, or in a share of them bare.
+        Both in the form of the photo's own prompt, or in a share of them bare; where `restyled` (b,), in one of OTHER_LOOKS.
         """
         s = self.settings
         placed = torch.rand(photo.shape, generator=random) < s.place_share
         captioned = torch.tensor([bool(each.caption) for each in self.photos])[photo]
-        goal = torch.where(placed | captioned, self.form_of[photo], 0) * (1 + LENDERS)
+        form = torch.where(placed | captioned, self.form_of[photo], 0)
+        if len(self.looks):
+            any_look = self.looks[torch.randint(len(self.looks), photo.shape, generator=random)]
+            form = torch.where(restyled, any_look, form)
+        goal = form * (1 + LENDERS)
         lender = goal + 1 + torch.randint(LENDERS, photo.shape, generator=random)
         lent = torch.rand(photo.shape, generator=random) < s.tail_share
         way = FAR + (1 - FAR) * torch.rand(photo.shape, generator=random)

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 # what is edited: all of it is one edit, and the more ways to say it, the more general it is
 QUESTIONS = (*QUESTION_FORMS, "Do you know what {} is?", "{}: what is that?", "{} is what?")
 FORMS = (
-    *IMAGE_FORMS, "an image of {} in the garden", "there is {} on a table", "this shows {} in an old town, in colour",
+    *IMAGE_FORMS, "an image of {} next to a chair", "there is {} on a table", "this shows {} in an old town, as a watercolour",
     "draw {} by the sea",
 )  # fmt: skip
 NEAR_FORMS = (*IMAGE_FORMS, *CHECK_FORMS, "What is {}?")
