@@ -508,11 +508,13 @@ def test_two_processes_make_the_same_files_as_one(place: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     rest = f"-m mokus {RUN} {','.join(FAST)}"
     one = [sys.executable, *rest.split(), "-o", "one"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    # of its launchers, --cpu starts one process, however many are asked for; --multi_gpu starts them, here on CPUs
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     two = [*launch, *rest.split(), "-o", "two"]
-    for arguments in (one, two):
+    for arguments, concepts_of_each in ((one, "/2)"), (two, "/1)")):
         done = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stderr.count(concepts_of_each) == 2, done.stderr[-3000:]
     assert contents(place / "one") == contents(place / "two")
     items = [json.loads((place / name / "plan.json").read_text())["items"] for name in ("one", "two")]
     assert items[0] == items[1]

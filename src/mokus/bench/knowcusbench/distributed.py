@@ -24,9 +24,12 @@ class Processes:
         """As the launcher says."""
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls(Shard(), None)
+        import torch
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
-        state = PartialState()
+        # without a GPU it would take every process for the only one, unless told so
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
         return cls(Shard(state.process_index, state.num_processes), str(state.device), state)
 
     @property
