@@ -73,5 +73,5 @@ def test_the_tree_names_every_file() -> None:
         if not {"editors", "methods", "metrics"} & {*path.parts}
     }
     assert there - {"__init__.py", "__main__.py"} <= set(re.findall(r"\w+\.py", tree))
-    here = {path.name for folder in ("src", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")}
+    here = {path.name for folder in ("src", "benchmarks", "runs", "tests") for path in (ROOT / folder).rglob("*.py")}
     assert set(re.findall(r"\w+\.py\b", tree)) <= here | {"test_x.py"}
