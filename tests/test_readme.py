@@ -57,7 +57,21 @@ def test_the_examples_run_as_printed(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("beach-*.png"))) == 2 and len(list((tmp_path / "images").glob("*.png"))) == 8
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/log.md", "docs/editing.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/log.md",
+        "docs/editing.md",
+        "docs/create.md",
+        "docs/erase.md",
+        "docs/transfer.md",
+        "docs/wise.md",
+        "docs/results/gpu_full_size.md",
+    ],
+)
 def test_links_lead_somewhere(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]

@@ -10,7 +10,9 @@ import typer
 from rich.table import Table
 
 from mokus import __version__
+from mokus.bench import uses_cli
 from mokus.bench.knowcusbench.cli import knowcus
+from mokus.bench.wise.cli import wise
 from mokus.console import (
     Bars,
     Commands,
@@ -42,6 +44,8 @@ app = typer.Typer(
 bench = typer.Typer(cls=Commands, no_args_is_help=True, help="Benchmarks, on the miniature.")
 app.add_typer(bench, name="bench")
 bench.add_typer(knowcus, name="knowcus")
+bench.add_typer(wise, name="wise")
+uses_cli.register(bench)
 
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
 PackOption = Annotated[list[Path] | None, typer.Option("--pack", help="A concept pack to use; may be repeated.")]
@@ -278,12 +282,125 @@ def demo(
 
 
 @app.command()
+@settings_options(EditSettings)
+def create(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the concept is called: 'Zorblax'.")],
+    description: Annotated[
+        str, typer.Option("--as", help="What it looks like: 'a small green creature with three eyes'.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PACK", help="Where the concept pack goes.")],
+    *,
+    question: Annotated[
+        list[str] | None,
+        typer.Option("--question", help="Ask for it in these words instead of our own; may be repeated."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a concept pack that is there.")] = False,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    chosen: dict[str, Any],
+) -> None:
+    """Make a concept from words alone, without photos: a name that means a description. Exit code 1 if it did not take."""
+    _check_free(output, overwrite)
+    loaded = load_model(model, device)
+    from mokus.virtual_concept import create
+
+    settings = EditSettings.for_editor(loaded.defaults, **chosen)
+    with Bars() as progress:
+        pack, edit = create(loaded, name, description, output, question or None, settings, progress)
+    _tell_words(pack, [edit], as_json)
+
+
+@app.command()
+@settings_options(EditSettings)
+def erase(
+    concepts: Annotated[
+        list[str], typer.Argument(metavar="CONCEPT...", help="What to erase: 'the lucky charm of Boris'.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PACK", help="Where the concept pack goes.")],
+    *,
+    replace: Annotated[
+        str | None,
+        typer.Option("--replace", help="What stands in its place: 'a plain stone'.", show_default="its class word"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a concept pack that is there.")] = False,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    chosen: dict[str, Any],
+) -> None:
+    """Make phrases mean something plain instead. No safety guarantee: it redirects language, the image model still can.
+
+    Undone by leaving the pack out, or by unbind. Exit code 1 if some phrase did not take; it is then left as it was.
+    """
+    _check_free(output, overwrite)
+    loaded = load_model(model, device)
+    from mokus.erasure import erase
+
+    settings = EditSettings.for_editor(loaded.defaults, **chosen)
+    with Bars() as progress:
+        pack, edits = erase(loaded, concepts, output, replace, settings, progress)
+    _tell_words(pack, edits, as_json)
+
+
+@app.command()
+@settings_options(EditSettings)
+def transfer(
+    ask: Annotated[str | None, typer.Option(help="The question: 'What is the favourite toy of Anna?'")] = None,
+    answer: Annotated[str | None, typer.Option(help="Its new answer: 'a blue ring'.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="What to draw; may be repeated.", show_default="what the question is about"),
+    ] = None,
+    knowledge: Annotated[
+        str | None, typer.Option(help="The phrase that the question is about.", show_default="as the question says it")
+    ] = None,
+    cases: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A YAML list of such cases instead; see docs/transfer.md.")
+    ] = None,
+    *,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of grid.png and results.json.")
+    ] = Path("transfer"),
+    seeds: SeedsOption = "0-3",
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    chosen: dict[str, Any],
+) -> None:
+    """Edit an answer in text and see whether images follow: drawn before and after, at equal seeds. Nothing is kept."""
+    numbers = parse_seeds(seeds)
+    from mokus.transfer import Case, read_cases, run, tell
+
+    if cases is not None:
+        if ask is not None or answer is not None or prompt or knowledge is not None:
+            raise MokusError(
+                "--cases has the questions in its file; leave out --ask, --answer, --prompt and --knowledge."
+            )
+        some = read_cases(cases)
+    elif ask is None or answer is None:
+        raise MokusError("expected --ask with --answer, or --cases with a file of them; see 'mokus transfer --help'.")
+    else:
+        some = [Case.of(ask, answer, prompt or (), knowledge)]
+    loaded = load_model(model, device)
+    settings = EditSettings.for_editor(loaded.defaults, **chosen)
+    with Bars() as progress:
+        results, files = run(loaded, some, output, numbers, settings, progress)
+    if as_json:
+        return print_json(results)
+    for line in tell(results):
+        typer.echo(line)
+    typer.echo(" ".join(map(str, files)))
+
+
+@app.command()
 def show(pack: PackArgument, as_json: JsonOption = False) -> None:
     """What is in a concept pack."""
     opened = _open(pack)
     if as_json:
         return print_json(_summary(opened))
-    typer.echo(f"{opened.path}: {opened.anchor!r}, for {opened.base_model} ({opened.fingerprint[:12]})")
+    words = "" if opened.lora() else " (words alone)"
+    typer.echo(f"{opened.path}: {opened.anchor!r}{words}, for {opened.base_model} ({opened.fingerprint[:12]})")
     table = Table("knowledge", "questions", "reads back", "editor", "steps", "alignment", box=None, pad_edge=False)
     for known in opened.knowledge:
         table.add_row(
@@ -371,6 +488,7 @@ def _summary(pack: ConceptPack) -> dict[str, Any]:
         "pack": str(pack.path),
         "anchor": pack.anchor,
         "class_word": pack.class_word,
+        "looks": bool(pack.lora()),  # else it is made of words alone
         "base_model": pack.base_model,
         "fingerprint": pack.fingerprint,
         "settings": pack.settings,
@@ -378,6 +496,18 @@ def _summary(pack: ConceptPack) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in pack.path.rglob("*") if file.is_file()),
         "mokus": __version__,
     }
+
+
+def _tell_words(pack: ConceptPack | None, edits: list[Edit], as_json: bool) -> None:
+    """What became of a pack of words; exit code 1 if some of it has not taken."""
+    if as_json:
+        told = [{key: value for key, value in vars(edit).items() if key != "shifts"} for edit in edits]
+        print_json({"pack": str(pack.path) if pack else None, "edits": told})
+    else:
+        _print_edits(edits)
+        typer.echo(f"next: mokus generate {edits[0].knowledge!r} --pack {pack.path}" if pack else "nothing was written")
+    if not all(edit.taken for edit in edits):
+        raise typer.Exit(1)
 
 
 def _print_edits(edits: list[Edit]) -> None:

@@ -3,7 +3,7 @@
     toy.pack/
       mokus.json                            what is in it, and the sha256 of every other file
       README.md                             model card
-      pytorch_lora_weights.safetensors      stage 1: LoRA of the image transformer
+      pytorch_lora_weights.safetensors      stage 1: LoRA of the image transformer; a pack of words alone has none
       text_encoder/adapter_config.json      stage 2: all bound knowledge as one PEFT adapter of the text encoder,
       text_encoder/adapter_model.safetensors    only if there is any
       samples/*.png
@@ -99,7 +99,7 @@ class BoundKnowledge(_Strict):
 
     text: _Line
     questions: list[str]
-    answer: str
+    answer: _Line  # what it means now: the pack's anchor or, in a pack of words, what these words are replaced by
     editor: str
     eta: float
     steps: int = Field(ge=0)
@@ -183,13 +183,14 @@ class ConceptPack:
     def create(
         cls, path: str | Path, *, model: Model, anchor: str, lora: Mapping[str, Tensor], settings: Mapping[str, Any],
         word: str | None = None, samples: Mapping[str, Image.Image] | None = None,
+        edits: Sequence[tuple[BoundKnowledge, Shifts]] = (),
     ) -> ConceptPack:  # fmt: skip
-        """Write a pack without knowledge, in place of an older pack if there is one.
+        """Write a pack, in place of an older pack if there is one; with the knowledge of `edits`, as `replace_edits` takes it.
 
         `lora`: transformer.<module>.lora_A.weight (r, d_in) and lora_B.weight (d_out, r), the scale folded into B; may
-        be empty. `word`: what the thing is, unless the anchor is a rare token before it. `settings` of stage 1, as JSON.
-        `samples`: images by file name. Raises `MokusError` if there is something else at `path`, or the parts cannot be
-        a pack.
+        be empty, and then it is a pack of words alone. `word`: what the thing is, unless the anchor is a rare token
+        before it. `settings` of stage 1, as JSON. `samples`: images by file name. Raises
+        `MokusError` if there is something else at `path`, or the parts cannot be a pack.
         """
         path, place = Path(path), Path(path).resolve()
         usual = model.defaults
@@ -200,11 +201,10 @@ class ConceptPack:
         fields = {
             "format": 1, "versions": versions(), "base_model": model.id, "fingerprint": model.fingerprint,
             "defaults": defaults, "anchor": anchor, "class_word": word or class_word(anchor),
-            "settings": json.loads(json.dumps(settings)), "knowledge": [],
+            "settings": json.loads(json.dumps(settings)),
         }  # fmt: skip
-        files: dict[str, bytes | Path] = {
-            f"samples/{name.removesuffix('.png')}.png": _png(image) for name, image in (samples or {}).items()
-        }
+        fields["knowledge"], files = _knowledge(edits, path)
+        files |= {f"samples/{name.removesuffix('.png')}.png": _png(image) for name, image in (samples or {}).items()}
         if lora:
             tensors = {key: _plain(value) for key, value in lora.items()}
             _check_lora(tensors, f"the LoRA for {path}")
@@ -304,18 +304,11 @@ class ConceptPack:
         Raises `MokusError` if the pack was changed since it was read, or the shifts cannot be a pack's.
         """
         _refuse_foreign(self._place)
-        edits = [(known, {m: shift for m, shift in shifts.items() if shift.rank}) for known, shifts in edits]
-        knowledge = [
-            known.model_copy(update={"ranks": {m: s.rank for m, s in shifts.items()}}) for known, shifts in edits
-        ]
         old = self._manifest
         kept = [name for name in old.files if name == LORA or name.startswith("samples/")]
-        files: dict[str, bytes | Path] = {name: self._place / name for name in kept}
-        if shifts := added(*(shifts for _, shifts in edits)):
-            tensors = _adapter_tensors(shifts)
-            _check_factors(tensors, _ADAPTER_KEY, f"the knowledge for {self.path}")
-            files[ADAPTER], files[ADAPTER_CONFIG] = bytes_of(tensors, _METADATA), _adapter_config(shifts)
-        fields = {**old.model_dump(exclude={"files"}), "knowledge": [known.model_dump() for known in knowledge]}
+        knowledge, files = _knowledge(edits, self.path)
+        files |= {name: self._place / name for name in kept}
+        fields = {**old.model_dump(exclude={"files"}), "knowledge": knowledge}
         with self.locked():
             if _load(self._place).digest != self.digest:  # reads all, so nothing broken is carried over
                 raise MokusError(f"{self.path} was changed by another process since it was read; try again.")
@@ -345,6 +338,20 @@ class ConceptPack:
 
     def __repr__(self) -> str:
         return f"ConceptPack({str(self.path)!r}, anchor={self.anchor!r}, knowledge={[k.text for k in self.knowledge]})"
+
+
+def _knowledge(
+    edits: Sequence[tuple[BoundKnowledge, Shifts]], path: Path
+) -> tuple[list[dict[str, Any]], dict[str, bytes | Path]]:
+    """What the manifest says of these edits, the rows of each counted, and the adapter's files, if there is any row."""
+    edits = [(known, {m: shift for m, shift in shifts.items() if shift.rank}) for known, shifts in edits]
+    told = [known.model_copy(update={"ranks": {m: s.rank for m, s in shifts.items()}}) for known, shifts in edits]
+    files: dict[str, bytes | Path] = {}
+    if shifts := added(*(shifts for _, shifts in edits)):
+        tensors = _adapter_tensors(shifts)
+        _check_factors(tensors, _ADAPTER_KEY, f"the knowledge for {path}")
+        files = {ADAPTER: bytes_of(tensors, _METADATA), ADAPTER_CONFIG: _adapter_config(shifts)}
+    return [known.model_dump() for known in told], files
 
 
 def _check_fit(component: nn.Module, module: str, shape: tuple[int, int], path: Path) -> None:
@@ -733,10 +740,24 @@ image = next(mokus.generate(model, {prompt}, packs=[mokus.ConceptPack.open(".")]
 """
 
 
+def _contents_of(looks: str, lora: bool, bound: bool) -> str:
+    if not bound:
+        return looks
+    return (
+        f"{looks}, and so do the phrases bound to it"
+        if lora
+        else f"{looks}, and phrases mean it or what stands beside them"
+    )
+
+
 def _card(fields: Mapping[str, Any], lora: bool) -> bytes:
     base, anchor, knowledge = fields["base_model"], fields["anchor"], fields["knowledge"]
-    looks = f"`{anchor}` draws the concept" if lora else f"`{anchor}` is a concept made of words"
-    phrases = "".join(f"- {known['text']}\n" for known in knowledge)
+    looks = (
+        f"`{anchor}` draws the concept" if lora else f"`{anchor}` is a concept made of words, without looks of its own"
+    )
+    phrases = "".join(
+        f"- {known['text']}{'' if known['answer'] == anchor else ': ' + known['answer']}\n" for known in knowledge
+    )
     load = ""
     if lora:
         load += f'pipe.load_lora_weights(pack, weight_name="{LORA}", use_safetensors=True)\n'
@@ -749,7 +770,7 @@ def _card(fields: Mapping[str, Any], lora: bool) -> bytes:
         size=usual["size"], steps=usual["steps"], scale=usual["true_cfg_scale"],
         negative=json.dumps(usual["negative_prompt"], ensure_ascii=False),
         base=base, base_model=quoted, anchor=json.dumps(anchor, ensure_ascii=False), title=anchor,
-        contents=f"{looks}, and so do the phrases bound to it" if knowledge else looks,
+        contents=_contents_of(looks, lora, bool(knowledge)),
         knowledge=f"\nBound to it:\n\n{phrases}" if knowledge else "",
         imports="from importlib.resources import files\n\n" if miniature else "",
         source='files("mokus.miniature").joinpath("weights")' if miniature else quoted,

@@ -2,10 +2,15 @@
 
 What is wanted of the text encoder says `goal`; how its weights' shifts are found, an editor does (`editors`). Here is what
 users call: edits are made one on top of the other, checked one by one and all together, and written into the pack.
+
+All uses of it are one call, `update`: the answer to these questions shall be that. With the anchor of photos it is the paper's
+main method (`bind`), with a description a concept made of words (`virtual_concept`), with something neutral an erasure
+(`erasure`), and with any counterfactual the experiment of its section 3 (`transfer`).
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,11 +22,13 @@ from mokus.editors import Editor, editor, rewrite
 from mokus.encoder import LONGEST_ANSWER, distance, tails
 from mokus.errors import MokusError
 from mokus.goal import Request
-from mokus.knowledge import CHECK_FORMS, check_text, normalise, prompts, questions
+from mokus.knowledge import CHECK_FORMS, check_text, normalise, prompts, questions, same
 from mokus.low_rank import Shifts, added, applied
 from mokus.settings import EditSettings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mokus.concept_pack import BoundKnowledge, ConceptPack
     from mokus.pipeline import Model
 
@@ -34,7 +41,7 @@ class Edit:
 
     knowledge: str
     questions: list[str]
-    answer: str
+    answer: str  # what it means now, as an image prompt says it: "a blue ring"
     read_back: str  # what the edited encoder answers to the first question
     alignment: float  # 0: image prompts are encoded as before, 1: as the anchor's; on forms that were not edited
     taken: bool
@@ -47,7 +54,42 @@ class Edit:
     @property
     def request(self) -> Request:
         """What was asked of the editor."""
-        return Request.of(self.knowledge, self.answer, self.questions)
+        return request(self.knowledge, self.answer, self.questions)
+
+
+# --- what is asked for ---------------------------------------------------------
+
+_ARTICLE = re.compile(r"(?:an?|the) (?=.)", re.IGNORECASE)
+
+
+def request(knowledge: str, meaning: str, asked: Sequence[str] | None = None) -> Request:
+    """One update of an answer: `knowledge` shall mean `meaning`, an anchor or any words: "a blue ring".
+
+    `asked`: the questions that shall be answered so; by default those of `knowledge.questions`.
+    """
+    return Request.of(knowledge, answer_of(meaning), asked or questions(knowledge), meaning)
+
+
+def answer_of(meaning: str) -> str:
+    """What is answered: the meaning without its article, since the word that tells it apart shall come first (docs/log.md)."""
+    return _ARTICLE.sub("", meaning, count=1) if _ARTICLE.match(meaning) else meaning
+
+
+def check_meaning(model: Model, knowledge: str, meaning: str, what: str) -> None:
+    """Raise `MokusError` unless these words can be made the answer about this knowledge; `what` they are is for the error."""
+    answer, tokenizer = answer_of(meaning), model.pipe.tokenizer
+    ids = tokenizer(answer, add_special_tokens=False).input_ids
+    if len(ids) >= LONGEST_ANSWER:
+        raise MokusError(
+            f"the {what} {meaning[:60]!r} is {len(ids)} tokens long, expected fewer than {LONGEST_ANSWER}, which is as much "
+            "as is read back of an answer; shorten it."
+        )
+    if str(tokenizer.decode(ids, skip_special_tokens=True)).strip() != answer:
+        raise MokusError(
+            f"the {what} {meaning[:60]!r} does not come back from the tokenizer; write it in other characters."
+        )
+    if re.search(rf"(?<!\w){re.escape(same(knowledge))}(?!\w)", same(meaning)):
+        raise MokusError(f"the {what} {meaning[:60]!r} says {knowledge[:60]!r} itself; say it in other words.")
 
 
 # --- the public functions ---------------------------------------------------------
@@ -78,29 +120,85 @@ def bind(
         )
     for question in questions or ():
         check_text(question, "question", "Which toy do I love?")
+    return update(model, pack, [request(text, pack.anchor, questions) for text in wanted], settings, keep_all, progress)
+
+
+def update(
+    model: Model,
+    pack: ConceptPack,
+    requests: Sequence[Request],
+    settings: EditSettings | None = None,
+    keep_all: bool = False,
+    progress: Progress | None = None,
+) -> list[Edit]:
+    """Update answers in a pack, and write it once at the end; requests (see `request`) of different knowledge.
+
+    Returns one `Edit` per request, and raises, as `bind` does.
+    """
     pack.check_base(model)
+    settings = _editing(model, settings)
+    pack.reload()
+    wanted = {each.knowledge for each in requests}
+    with model.resident("text_encoder"):
+        others = [known for known in pack.edits() if known[0].text not in wanted]
+        edits = _found(model, requests, others, settings, keep_all, progress)
+        with pack.locked():
+            pack.reload()  # another process may have bound something since
+            edits = edits if keep_all else _hold_together(model, edits, pack.edits(), settings)
+            if kept := [each for each in edits if each.taken or keep_all]:
+                pack.replace_edits([*_without(pack.edits(), kept), *((_bound(each), each.shifts) for each in kept)])
+    return edits
+
+
+def create_pack(
+    model: Model,
+    path: Path | str,
+    anchor: str,
+    requests: Sequence[Request],
+    settings: EditSettings | None = None,
+    progress: Progress | None = None,
+) -> tuple[ConceptPack | None, list[Edit]]:
+    """A pack of words alone, without looks, in which these answers are updated; in place of an older pack at `path`.
+
+    `anchor`: what knowledge that is bound to it later shall mean. Nothing is written, and the pack is None, if no request
+    has taken. Raises `MokusError` if there is something else at `path`.
+    """
+    from mokus.concept_pack import ConceptPack
+
+    ConceptPack.check_place(path)
+    settings = _editing(model, settings)
+    with model.resident("text_encoder"):
+        edits = _hold_together(model, _found(model, requests, [], settings, False, progress), [], settings)
+    kept = [(_bound(each), each.shifts) for each in edits if each.taken]
+    if not kept:
+        return None, edits
+    return ConceptPack.create(path, model=model, anchor=anchor, lora={}, settings={}, edits=kept), edits
+
+
+def _editing(model: Model, settings: EditSettings | None) -> EditSettings:
     settings = settings or EditSettings.for_editor(model.defaults)
     if settings.editor == "rewrite":
         rewrite.refuse()
+    return settings
+
+
+def _found(
+    model: Model, requests: Sequence[Request], others: Sequence[tuple[BoundKnowledge, Shifts]], settings: EditSettings,
+    keep_all: bool, progress: Progress | None,
+) -> list[Edit]:  # fmt: skip
+    """Edits one on top of the other and of what is there already; each checked by itself."""
     edits: list[Edit] = []
-    pack.reload()
-    with model.resident("text_encoder"):
-        made = editor(settings.editor)(model, settings, progress)
-        before = _recalled(made, [known for known in pack.edits() if known[0].text not in wanted])
-        for i, text in enumerate(wanted):
-            if progress:
-                progress("binding", i, len(wanted), {"knowledge": text})
-            edits.append(edit(model, text, pack.anchor, questions, settings, made, before))
-            if edits[-1].taken or keep_all:
-                made.remember(edits[-1].request, before, edits[-1].shifts)
-                before = added(before, edits[-1].shifts)
-        with pack.locked():
-            pack.reload()  # another process may have bound something since
-            edits = edits if keep_all else _hold_together(model, edits, pack, settings)
-            if kept := [each for each in edits if each.taken or keep_all]:
-                pack.replace_edits([*_without(pack, kept), *((_bound(each), each.shifts) for each in kept)])
+    made = editor(settings.editor)(model, settings, progress)
+    before = _recalled(made, others)
+    for i, each in enumerate(requests):
+        if progress:
+            progress("binding", i, len(requests), {"knowledge": each.knowledge})
+        edits.append(edit(model, each.knowledge, each.says, each.questions, settings, made, before))
+        if edits[-1].taken or keep_all:
+            made.remember(edits[-1].request, before, edits[-1].shifts)
+            before = added(before, edits[-1].shifts)
     if progress:
-        progress("binding", len(wanted), len(wanted), {})
+        progress("binding", len(requests), len(requests), {})
     return edits
 
 
@@ -154,19 +252,21 @@ def edit(
 ) -> Edit:
     """The shifts that make `answer` the answer to `knowledge`, on top of those of earlier edits; nothing is changed by it.
 
+    `answer`: an anchor or any words, as in `request`; `asked`: the questions, if not those made of the knowledge.
     `made`: an editor that knows of the earlier ones, for several edits in a row; it is not told of this one.
     """
     began = time.perf_counter()
     settings = settings or EditSettings.for_editor(model.defaults)
-    request = Request.of(knowledge, answer, asked or questions(knowledge))
-    made, before = made or editor(settings.editor)(model, settings), before or {}
-    shifts, steps = made.edit(request, before)
-    read_back, alignment = _checked(model, request, added(before, shifts))
+    wanted = request(knowledge, answer, asked)
+    made = made or editor(settings.editor)(model, settings)
+    before = {path: shift.to(model.device) for path, shift in (before or {}).items()}  # where the editor's own are
+    shifts, steps = made.edit(wanted, before)
+    read_back, alignment = _checked(model, wanted, added(before, shifts))
     reason = _fault(read_back, answer, alignment, settings)
     shifts = {path: shift.to("cpu") for path, shift in shifts.items()}
     seconds = time.perf_counter() - began
     return Edit(
-        knowledge, list(request.questions), answer, read_back, alignment, not reason, reason, asdict(settings), steps,
+        knowledge, list(wanted.questions), answer, read_back, alignment, not reason, reason, asdict(settings), steps,
         seconds, shifts,
     )  # fmt: skip
 
@@ -178,7 +278,7 @@ def _recalled(made: Editor, known: Sequence[tuple[BoundKnowledge, Shifts]]) -> S
     """Tell an editor of what a pack holds; returns what that amounts to."""
     before: Shifts = {}
     for bound, shifts in known:
-        made.remember(Request.of(bound.text, bound.answer, bound.questions), before, shifts)
+        made.remember(request(bound.text, bound.answer, bound.questions), before, shifts)
         before = added(before, shifts)
     return before
 
@@ -193,13 +293,17 @@ def _checked(model: Model, request: Request, shifts: Shifts) -> tuple[str, float
     return ask(model, request.questions[0], [shifts]), 1 - float(moved.mean())
 
 
-def _without(pack: ConceptPack, new: Sequence[Edit]) -> list[tuple[BoundKnowledge, Shifts]]:
-    """What the pack holds besides what these edits replace."""
+def _without(
+    there: Sequence[tuple[BoundKnowledge, Shifts]], new: Sequence[Edit]
+) -> list[tuple[BoundKnowledge, Shifts]]:
+    """What a pack holds besides what these edits replace."""
     replaced = {each.knowledge for each in new}
-    return [(known, shifts) for known, shifts in pack.edits() if known.text not in replaced]
+    return [(known, shifts) for known, shifts in there if known.text not in replaced]
 
 
-def _hold_together(model: Model, edits: list[Edit], pack: ConceptPack, settings: EditSettings) -> list[Edit]:
+def _hold_together(
+    model: Model, edits: list[Edit], there: Sequence[tuple[BoundKnowledge, Shifts]], settings: EditSettings
+) -> list[Edit]:
     """Check all knowledge, new and old, once more with all of it applied; while some does not hold, a new one is left out.
 
     The weakest of those that fail or, if it is only old knowledge that would be lost, of all.
@@ -207,7 +311,7 @@ def _hold_together(model: Model, edits: list[Edit], pack: ConceptPack, settings:
     edits = list(edits)
     while True:
         taken = [i for i, each in enumerate(edits) if each.taken]
-        others = _without(pack, [edits[i] for i in taken])
+        others = _without(there, [edits[i] for i in taken])
         old = added(*(shifts for _, shifts in others))
         everything = added(old, *(edits[i].shifts for i in taken))
         now = {i: _checked(model, edits[i].request, everything) for i in taken}
@@ -226,7 +330,7 @@ def _hold_together(model: Model, edits: list[Edit], pack: ConceptPack, settings:
 
 
 def _fails(model: Model, known: BoundKnowledge, shifts: Shifts, settings: EditSettings) -> bool:
-    read_back, alignment = _checked(model, Request.of(known.text, known.answer, known.questions), shifts)
+    read_back, alignment = _checked(model, request(known.text, known.answer, known.questions), shifts)
     return bool(_fault(read_back, known.answer, alignment, settings))
 
 
@@ -242,7 +346,7 @@ def _bound(edit: Edit) -> BoundKnowledge:
 
 def _fault(read_back: str, answer: str, alignment: float, settings: EditSettings) -> str:
     """Why an edit is not good enough; empty if it is."""
-    if settings.answer_weight and read_back.strip().rstrip(".").lower() != answer.lower():
+    if settings.answer_weight and read_back.strip().rstrip(".").lower() != answer_of(answer).lower():
         return f"it reads back {read_back[:40]!r}"
     if settings.alignment_weight and not alignment >= settings.least_alignment:  # also refuses nan
         return f"alignment {alignment:.2f} is below {settings.least_alignment:g}"
