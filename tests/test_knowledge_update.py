@@ -147,6 +147,22 @@ def assert_unchanged(model: Model, before: tuple[dict[str, Tensor], list[Tensor]
     assert all(p.grad is None and not p.requires_grad for p in model.pipe.text_encoder.parameters())
 
 
+def test_earlier_edits_are_where_the_editor_is(pico: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from a pack or from finished edits, on the CPU, and are added to shifts on the device."""
+    seen: list[str] = []
+
+    class Stub:
+        def edit(self, request: Request, before: Shifts) -> tuple[dict[str, LowRankShift], int]:
+            seen.extend(factor.device.type for shift in before.values() for factor in (shift.A, shift.B))
+            return {}, 1
+
+    monkeypatch.setattr(knowledge_update, "_checked", lambda *_: ("sks toy", 1.0))
+    path = next(name for name, module in pico.pipe.text_encoder.named_modules() if name.endswith("down_proj"))
+    before = {path: LowRankShift(torch.zeros(1, 8), torch.zeros(8, 1))}
+    edit(replace(pico, device=torch.device("meta")), "my toy", "sks toy", made=Stub(), before=before)  # type: ignore[arg-type]
+    assert seen == ["meta", "meta"]
+
+
 def test_an_edit_does_not_touch_the_model(pico: Model) -> None:
     before = snapshot(pico)
     assert edit(pico, A, ANCHOR, settings=QUICK).shifts
