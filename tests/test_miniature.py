@@ -367,8 +367,8 @@ def test_the_image_transformer_is_trained_on_what_the_pipeline_encodes(pico: Mod
 
 def test_still_images_are_encoded_as_by_the_plain_vae(pico: Model) -> None:
     rng = random.Random(0)
-    x = vae.to_tensor([vae.training_image(rng) for _ in range(3)])[:, :, None]
-    model, forward = pico.pipe.vae, QwenImageCausalConv3d.forward
+    x = vae.to_tensor([vae.training_image(rng) for _ in range(3)])[:, :, None].double()
+    model, forward = copy.deepcopy(pico.pipe.vae).double(), QwenImageCausalConv3d.forward  # rounding differs by machine
     with torch.no_grad():
         z = model.encode(x).latent_dist
         y = model.decode(z.mode()).sample
@@ -376,8 +376,8 @@ def test_still_images_are_encoded_as_by_the_plain_vae(pico: Model) -> None:
             assert QwenImageCausalConv3d.forward is not forward
             quick = model.encode(x).latent_dist
             again = model.decode(z.mode()).sample
-    assert torch.allclose(quick.mean, z.mean, atol=1e-5) and torch.allclose(quick.logvar, z.logvar, atol=1e-5)
-    assert torch.allclose(again, y, atol=1e-5) and y.shape == x.shape
+    assert torch.allclose(quick.mean, z.mean, atol=1e-10) and torch.allclose(quick.logvar, z.logvar, atol=1e-10)
+    assert torch.allclose(again, y, atol=1e-10) and y.shape == x.shape
     with pytest.raises(ZeroDivisionError), vae.still_images():
         raise ZeroDivisionError
     assert QwenImageCausalConv3d.forward is forward
