@@ -8,7 +8,7 @@ from torch import Tensor
 
 import mokus
 from mokus import encoder, pipeline
-from mokus.encoder import Rows, answers, inputs_after_prefix, last_of, module_paths, prefix_length, tails, token_ids
+from mokus.encoder import Entering, Rows, answers, inputs_after_prefix, last_of, module_paths, prefix_length, tails, token_ids
 from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift, Shifts, applied
 from mokus.pipeline import Model
@@ -186,3 +186,32 @@ def test_modules_are_named_from_the_lowest_layer_up(pico: Model) -> None:
 def test_layers_and_modules_that_are_not_there(pico: Model, layers: list[int], modules: list[str], said: str) -> None:
     with pytest.raises(MokusError, match=said):
         module_paths(pico, EditSettings(layers=layers, modules=modules))
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_rows_that_go_on_from_a_layer_are_encoded_as_from_the_first(pico: Model, layer: int) -> None:
+    """To the bit, with shifts in that layer and above that were not there on the way to it, and with their gradients."""
+    texts, text_encoder = ["What is my favourite toy?", "a photo of a red ball", "it"], pico.pipe.text_encoder
+    rows = Rows.of(pico, texts, [7, 8])
+    entering = Entering(pico, rows, layer)
+    layers = len(text_encoder.model.language_model.layers)
+    above = {path: shift for path, shift in random_shifts(pico).items() if int(path.split(".")[3]) >= layer}
+    assert above and layers > 2
+    live = {path: LowRankShift(shift.A, shift.B.clone().requires_grad_()) for path, shift in above.items()}
+    factors = [shift.B for shift in live.values()]
+    found = []
+    for encode in (lambda: rows.encode(pico), entering.encode):
+        with applied(text_encoder, live):
+            states = encode()
+        found.append((states.detach(), *torch.autograd.grad(states.square().sum(), factors)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert len(text_encoder.model.language_model.layers) == layers
+
+
+def test_a_shift_below_must_be_there_on_the_way(pico: Model) -> None:
+    shifts, rows = random_shifts(pico), Rows.of(pico, TEXTS[:2])
+    lowest = min(int(path.split(".")[3]) for path in shifts)
+    without = Entering(pico, rows, lowest + 1)
+    with applied(pico.pipe.text_encoder, shifts):
+        assert torch.equal(Entering(pico, rows, lowest + 1).encode(), rows.encode(pico))
+        assert not torch.equal(without.encode(), rows.encode(pico))

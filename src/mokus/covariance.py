@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,12 @@ def corpus_of(model: Model, settings: EditSettings) -> Corpus:
     for word in CLASS_WORDS:
         some = prior_prompts(word, settings.corpus // len(CLASS_WORDS), seed=0)
         whole += some + [questions(text)[0] for text in some[::2] if not text.startswith("a ")]
-    odd = Words.of(model.pipe.tokenizer).references(settings.odd_references, seed=0)
-    return Corpus([*whole, *model.corpus], in_places(odd, seed=0))
+    return Corpus([*whole, *model.corpus], list(_odd(model.pipe.tokenizer, settings.odd_references)))
+
+
+@lru_cache(maxsize=4)
+def _odd(tokenizer: Any, n: int) -> tuple[str, ...]:
+    return tuple(in_places(Words.of(tokenizer).references(n, seed=0), seed=0))
 
 
 def moments(model: Model, paths: Sequence[str], corpus: Corpus, progress: Progress | None = None) -> dict[str, Moments]:

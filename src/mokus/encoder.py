@@ -8,6 +8,7 @@ hidden states of prompt and tail.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -118,6 +119,51 @@ class Rows:
         language_model = model.pipe.text_encoder.model.language_model
         states: Tensor = language_model(input_ids=self.ids, past_key_values=cache, use_cache=True).last_hidden_state
         return states, cache
+
+
+class Entering:
+    """Rows on their way into a layer of the language model: what an edit of that layer and of those above it never changes.
+
+    Prefix and rows are run through the layers below once, with what is applied then; `encode` goes on from there. An edit of
+    layers 18 to 25 of 28 is sought in half the time.
+    """
+
+    def __init__(self, model: Model, rows: Rows, layer: int) -> None:
+        self.model, self.rows, self.layer = model, rows, layer
+        language_model = model.pipe.text_encoder.model.language_model
+        reached: list[Tensor] = []
+        hook = language_model.norm.register_forward_pre_hook(lambda _, inputs: reached.append(inputs[0]))
+        try:
+            with torch.no_grad(), _some_layers(language_model, slice(layer)):
+                rows.encode(model)
+        finally:
+            hook.remove()
+        self.prefix, self.states = reached  # (1, prefix, d), (b, s, d)
+
+    def encode(self) -> Tensor:
+        """Final hidden states (b, s, d): the same as `Rows.encode`."""
+        language_model = self.model.pipe.text_encoder.model.language_model
+        with _some_layers(language_model, slice(self.layer, None)):
+            cache = DynamicCache()
+            with torch.no_grad():
+                language_model(inputs_embeds=self.prefix, past_key_values=cache, use_cache=True)
+                cache.batch_repeat_interleave(len(self.states))
+            cache.layers[0] = cache.layers[self.layer]  # is asked how much has been seen already
+            states: Tensor = language_model(
+                inputs_embeds=self.states, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+        return states
+
+
+@contextmanager
+def _some_layers(language_model: nn.Module, which: slice) -> Iterator[None]:
+    """Inside, the language model has only these of its layers."""
+    layers = language_model.layers
+    try:
+        language_model.layers = layers[which]
+        yield
+    finally:
+        language_model.layers = layers
 
 
 def last_of(states: Tensor, lengths: Tensor, n: int) -> Tensor:

@@ -46,6 +46,29 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Meaning:
+    """Image prompts (n,) of what is meant, their tails (n, tail, d), and what the encoder continues each with.
+
+    The same for all knowledge that means it.
+    """
+
+    tails: Tensor
+    continued: list[str]
+
+    @classmethod
+    def of(cls, model: Model, says: str, forms: Sequence[str] = IMAGE_FORMS, continued: bool = True) -> Meaning:
+        """With continuations or without. Raises `MokusError` if the encoder encodes nothing finite."""
+        meant = prompts(says, tuple(forms))
+        found = tails(model, [*meant, says])  # at least one, to be sure that encodings are finite
+        if not bool(found.isfinite().all()):
+            raise MokusError(
+                "the text encoder encodes prompts as NaN or infinity, so no edit can be found; its weights are damaged or its "
+                "dtype is too narrow: get a whole copy of the model, or load it in float32 or bfloat16."
+            )
+        return cls(found[:-1], answers(model, meant, longest=CONTINUED) if continued else [])
+
+
+@dataclass(frozen=True)
 class Losses:
     """Per expected token: cross-entropy (n,), whether it is the likeliest (n,), its row (n,). Per image prompt: how far
     its tail is from where it shall be, (forms,), 1 where the base model is."""
@@ -62,11 +85,13 @@ class Goal:
     """
 
     def __init__(
-        self, model: Model, request: Request, forms: Sequence[str] = IMAGE_FORMS, continued: bool = True
-    ) -> None:
+        self, model: Model, request: Request, forms: Sequence[str] = IMAGE_FORMS, continued: bool = True,
+        meaning: Meaning | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.encoder, tokenizer = model, model.pipe.text_encoder, model.pipe.tokenizer
-        images, meant = prompts(request.knowledge, tuple(forms)), prompts(request.says, tuple(forms))
-        whole = answers(model, meant, longest=CONTINUED) if continued else []
+        images = prompts(request.knowledge, tuple(forms))
+        meaning = meaning or Meaning.of(model, request.says, forms, continued)
+        whole = meaning.continued
         said = [_up_to(request.answer, text) for text in whole]
         ended = [
             request.answer not in text and len(tokenizer(text, add_special_tokens=False).input_ids) < CONTINUED
@@ -92,13 +117,8 @@ class Goal:
             end = int(self.rows.lengths[i])
             self.labels[i, end - len(ids) : end] = torch.tensor(ids, dtype=torch.long)
         self.images = slice(self.questions, len(self.labels))
-        self.target = tails(model, meant)  # (forms, tail, d)
+        self.target = meaning.tails  # (forms, tail, d)
         self.start = distance(tails(model, images), self.target).clamp(min=1e-8)  # (forms,)
-        if not bool(torch.cat([tails(model, request.questions[:1]), self.target]).isfinite().all()):
-            raise MokusError(
-                "the text encoder encodes prompts as NaN or infinity, so no edit can be found; its weights are damaged or its "
-                "dtype is too narrow: get a whole copy of the model, or load it in float32 or bfloat16."
-            )
 
     @property
     def where(self) -> Tensor:

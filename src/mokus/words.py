@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 SPACE = "Ġ"  # how a byte-level BPE writes the space before a word
@@ -29,6 +30,7 @@ class Words:
     names: list[str]
 
     @classmethod
+    @lru_cache(maxsize=4)
     def of(cls, tokenizer: Any) -> Words:
         """Those of a byte-level BPE such as Qwen's, in the order of its vocabulary."""
         pieces = [piece for piece, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]

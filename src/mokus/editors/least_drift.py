@@ -22,7 +22,7 @@ prompts that are furthest from where they belong join the loss, as far as they a
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -32,8 +32,8 @@ from torch import Tensor
 
 from mokus.covariance import Corpus, Moments, corpus_of, moments
 from mokus.editors.watch import KEPT_FORMS, Watch, Watched
-from mokus.encoder import Rows, distance, inputs_after_prefix, last_of, module_paths, tails
-from mokus.goal import Goal, Request
+from mokus.encoder import Entering, Rows, distance, inputs_after_prefix, last_of, module_paths, tails
+from mokus.goal import Goal, Meaning, Request
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, class_word, near_misses, prompts, questions
 from mokus.low_rank import LowRankShift, Shifts, added, applied, collected
 from mokus.prior_prompts import prior_prompts
@@ -60,10 +60,10 @@ NEGLIGIBLE = 1e-3  # directions of H C^-1/2 below this share of the strongest, a
 ROUNDS = (0.4, 0.3, 0.3)  # shares of the steps; between them is looked at what is watched
 
 
-def goal_of(model: Model, request: Request) -> Goal:
+def goal_of(model: Model, request: Request, meaning: Meaning | None = None) -> Goal:
     """The request in more ways than its own."""
     asked = dict.fromkeys([*request.questions, *prompts(request.knowledge, QUESTIONS)])
-    return Goal(model, replace(request, questions=tuple(asked)), FORMS)
+    return Goal(model, replace(request, questions=tuple(asked)), FORMS, meaning=meaning)
 
 
 class Editor:
@@ -80,11 +80,12 @@ class Editor:
         self.earlier = {path: torch.zeros_like(gram) for path, gram in self.grams.items()}
         self.watch = Watch(model, corpus.whole)
         self._of_class = lru_cache(maxsize=8)(self._class_rows)
+        self._meaning = lru_cache(maxsize=16)(partial(Meaning.of, model))
 
     def edit(self, request: Request, before: Shifts) -> tuple[dict[str, LowRankShift], int]:
         """See `mokus.editors.Editor`."""
         before = collected(before)
-        goal = goal_of(self.model, request)
+        goal = goal_of(self.model, request, self._meaning(request.says, FORMS))
         search = _Search(self, goal, before, self._bases(goal, request))
         watched = self.watch.around(request) if self.settings.near_weight and self.settings.rivals else None
         for i, share in enumerate(ROUNDS):
@@ -95,7 +96,7 @@ class Editor:
 
     def remember(self, request: Request, before: Shifts, shifts: Shifts) -> None:
         """See `mokus.editors.Editor`."""
-        goal = Goal(self.model, request, continued=False)
+        goal = Goal(self.model, request, continued=False, meaning=self._meaning(request.says, IMAGE_FORMS, False))
         rows = goal.inputs(self.paths, goal.where)
         more = inputs_after_prefix(self.model, prompts(request.knowledge, KEPT_FORMS), self.paths, goal.tail)
         for path in self.paths:
@@ -145,7 +146,8 @@ class _Search:
             for path, a in bases.items()
         }
         self.evaluations = 0
-        self.rows = goal.rows  # and behind them what is watched
+        self.layer = min(editor.settings.layers)
+        self.entering = self._entering(goal.rows)  # and behind them what is watched
         self.wanted: Tensor | None = None  # where that shall be: tails (n, tail, d)
 
     def shifts(self) -> dict[str, LowRankShift]:
@@ -167,8 +169,14 @@ class _Search:
         with torch.no_grad(), applied(self.model.pipe.text_encoder, self.before, self.shifts()):
             away = distance(tails(self.model, watched.texts), watched.tails)
         most = away.topk(min(watched.furthest, self.settings.rivals, len(watched))).indices
-        self.rows = self.goal.rows + Rows.of(self.model, [watched.texts[i] for i in most.tolist()])
+        self.entering = self._entering(
+            self.goal.rows + Rows.of(self.model, [watched.texts[i] for i in most.tolist()])
+        )
         self.wanted = watched.tails[most]
+
+    def _entering(self, rows: Rows) -> Entering:
+        with applied(self.model.pipe.text_encoder, self.before):
+            return Entering(self.model, rows, self.layer)
 
     def _evaluate(self) -> float:
         """The loss, and its gradient in every B."""
@@ -176,7 +184,7 @@ class _Search:
         goal, s = self.goal, self.settings
         live = {path: LowRankShift(a, self.factors[path]) for path, a in self.bases.items()}
         with torch.enable_grad(), applied(self.model.pipe.text_encoder, self.before, live):
-            states = self.rows.encode(self.model)
+            states = self.entering.encode()
             now = goal.losses(states)
             asked, continued = goal.answer_loss(now, lambda x: _hinge(x - SURE))
             loss = s.answer_weight * (asked + continued)
@@ -184,7 +192,7 @@ class _Search:
             if self.wanted is not None:
                 n = len(self.wanted)
                 away = (
-                    distance(last_of(states[-n:], self.rows.lengths[-n:], goal.tail), self.wanted) / goal.start.mean()
+                    distance(last_of(states[-n:], self.entering.rows.lengths[-n:], goal.tail), self.wanted) / goal.start.mean()
                 )
                 loss = loss + s.near_weight * _hinge(away - FREE, 2 * SHARP).mean()
             loss = loss + s.drift_weight * torch.stack([b.square().sum() for b in self.factors.values()]).sum()
