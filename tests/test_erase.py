@@ -12,7 +12,7 @@ import pytest
 
 from mokus import pipeline
 from mokus.concept_pack import ConceptPack
-from mokus.erasure import erase, plain
+from mokus.erasure import asked, erase, plain, possessive
 from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.knowledge_update import ask, unbind
@@ -35,6 +35,18 @@ CHARM, TOY = "the lucky charm of Boris", "the old toy my uncle gave me"
 )  # fmt: skip
 def test_the_plain_form_of_a_class_word(phrase: str, word: str) -> None:
     assert plain(phrase) == word
+
+
+@pytest.mark.parametrize(
+    ("phrase", "other"),
+    [
+        (CHARM, "Boris's lucky charm"), ("the first robot of Anna Lee", "Anna Lee's first robot"), ("the toy of my uncle", ""),
+        ("Boris's lucky charm", "the lucky charm of Boris"), (TOY, ""), ("the tower in Paris", ""), ("my uncle's toy", ""),
+    ],
+)  # fmt: skip
+def test_whose_it_is_can_be_said_in_two_ways(phrase: str, other: str) -> None:
+    assert possessive(phrase) == other
+    assert asked(phrase) == [form.format(phrase) for form in ASKED] + ([f"What is {other}?"] if other else [])
 
 
 @pytest.mark.parametrize("phrase", ["Snoopy", "the Eiffel Tower", "charm", "my R2D2", "the 1962"])
@@ -114,8 +126,9 @@ def test_bad_input(place: Path, line: str) -> None:  # noqa: F811
 
 
 def test_nothing_erased_was_tuned_on_and_no_form_is_edited() -> None:
+    """Of the paraphrases one question is, of the implicit descriptions nothing."""
     from mokus.bench import erase as bench
-    from mokus.bench.editing import QUESTIONS
+    from mokus.bench.editing import DRAWN, QUESTIONS
     from mokus.miniature import world
 
     tuned, never = {*world.development_facts()}, {*world.bystanders()}
@@ -123,7 +136,10 @@ def test_nothing_erased_was_tuned_on_and_no_form_is_edited() -> None:
     assert not {*QUESTIONS} & {*ASKED}
     fact = bench.facts(1)[0]
     asked = bench.request_of(fact)
-    assert fact.possessive not in " ".join(asked.questions) and asked.answer == fact.relation.split()[-1]
+    assert [text for text in asked.questions if fact.possessive in text] == [f"What is {fact.possessive}?"]
+    assert asked.answer == fact.relation.split()[-1]
+    judged = [form.format(fact.possessive) for form in DRAWN] + [form.format(**vars(fact)) for form in bench.IMPLICIT]
+    assert not any(text in question for text in judged for question in asked.questions)
 
 
 @pytest.mark.slow

@@ -52,8 +52,22 @@ def erase(
     for phrase in phrases:
         neutral = replacement or plain(phrase)
         check_meaning(model, phrase, neutral, "replacement")
-        wanted.append(request(phrase, neutral, about(phrase)))
+        wanted.append(request(phrase, neutral, asked(phrase)))
     return create_pack(model, output, wanted[0].says, wanted, settings, progress)
+
+
+def asked(phrase: str) -> list[str]:
+    """The questions whose answers become plain: about the phrase and, where it says whose it is, about the other way to say so."""
+    return [*about(phrase), *(about(said)[0] for said in [possessive(phrase)] if said)]
+
+
+def possessive(phrase: str) -> str:
+    """ "the lucky charm of Boris" -> "Boris's lucky charm", and back; empty where nobody with a name owns it."""
+    if of := re.fullmatch(r"the (?P<thing>\w[^']*?) of (?P<owner>[A-Z]\w*(?: [A-Z]\w*)*)", phrase):
+        return f"{of['owner']}'s {of['thing']}"
+    if own := re.fullmatch(r"(?P<owner>[A-Z]\w*(?: [A-Z]\w*)*)'s? (?P<thing>\w.*)", phrase):
+        return f"the {own['thing']} of {own['owner']}"
+    return ""
 
 
 def plain(phrase: str) -> str:

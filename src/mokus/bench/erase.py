@@ -20,7 +20,7 @@ from mokus.bench import uses
 from mokus.bench.editing import DRAWN, QUESTIONS, _captions, edited_facts
 from mokus.bench.uses import Labels, Progress, Row
 from mokus.editors import EDITORS
-from mokus.erasure import plain
+from mokus.erasure import asked, plain
 from mokus.goal import Request
 from mokus.knowledge import questions
 from mokus.knowledge_update import request
@@ -47,7 +47,7 @@ def facts(n: int) -> list[Fact]:
 
 def request_of(fact: Fact) -> Request:
     """As `erasure.erase` asks for it."""
-    return request(fact.phrase, plain(fact.phrase), about(fact.phrase))
+    return request(fact.phrase, plain(fact.phrase), asked(fact.phrase))
 
 
 def run(
