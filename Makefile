@@ -32,12 +32,14 @@ lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-# The order matters: pytest's closing line is the last thing printed.
+# A process for each core, up to four: each holds a model or two. The order matters: pytest's closing line comes last.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: lint
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	@$(PYTEST)
 
 test-fast: $(STAMP)
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/main_job.py -o benchmarks/results/main_job

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -32,13 +33,18 @@ PackFactory = Callable[..., ConceptPack]
 
 
 def pytest_configure() -> None:
+    """One thread: several workers share the cores, and sums are the same on every machine. So for what tests start."""
     torch.set_num_threads(1)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Statistics go into a temporary folder, never into the user's cache; commands that tests start inherit it."""
-    folder = tmp_path_factory.mktemp("cache")
+    """Statistics go into a temporary folder, never into the user's cache; commands and other workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOKUS_CACHE", str(folder))
         yield folder
