@@ -8,7 +8,17 @@ from torch import Tensor
 
 import mokus
 from mokus import encoder, pipeline
-from mokus.encoder import Entering, Rows, answers, inputs_after_prefix, last_of, module_paths, prefix_length, tails, token_ids
+from mokus.encoder import (
+    Entering,
+    Rows,
+    answers,
+    inputs_after_prefix,
+    last_of,
+    module_paths,
+    prefix_length,
+    tails,
+    token_ids,
+)
 from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift, Shifts, applied
 from mokus.pipeline import Model

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ class Entering:
 @contextmanager
 def _some_layers(language_model: nn.Module, which: slice) -> Iterator[None]:
     """Inside, the language model has only these of its layers."""
-    layers = language_model.layers
+    layers = cast("nn.ModuleList", language_model.layers)
     try:
         language_model.layers = layers[which]
         yield

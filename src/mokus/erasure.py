@@ -57,7 +57,7 @@ def erase(
 
 
 def asked(phrase: str) -> list[str]:
-    """The questions whose answers become plain: about the phrase and, where it says whose it is, about the other way to say so."""
+    """The questions whose answers become plain: about the phrase and, if it says whose it is, said the other way."""
     return [*about(phrase), *(about(said)[0] for said in [possessive(phrase)] if said)]
 
 

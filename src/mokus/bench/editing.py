@@ -29,6 +29,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mokus import files
 from mokus.concept_pack import versions
 from mokus.editors import EDITORS, editor
 from mokus.editors.rewrite import rewritten
@@ -344,7 +345,7 @@ def run(
     rows = [_kept(folder, setup(model, UNEDITED, singles, images), 0, lambda: _unedited(measure, counts, singles))]
     for name in editors:
         rows += _rows_of(model, folder, name, sorted(set(counts)), singles, measure)
-    _write(folder / "results.json", _all_rows(folder))
+    files.write_json(folder / "results.json", _all_rows(folder), indent=1)
     return rows
 
 
@@ -360,14 +361,7 @@ def setup(model: Model, name: str, singles: int, images: bool) -> Row:
 def _kept(folder: Path, about: Row, edits: int, made: Callable[[], Row]) -> Row:
     """A row from its file, or made and kept there."""
     file = folder / "rows" / f"{about['editor']}-{edits}.json"
-    if file.is_file():
-        known: Row = json.loads(file.read_text(encoding="utf-8"))
-        if known.pop("setup") != json.loads(json.dumps(about)):
-            raise MokusError(f"{file} is of a run with other settings, model or versions; name another folder with -o.")
-        return known
-    row = {"editor": about["editor"], "edits": edits, **made()}
-    _write(file, {**row, "setup": about})
-    return row
+    return files.kept(file, about, lambda: {"editor": about["editor"], "edits": edits, **made()})
 
 
 def _unedited(measure: Measure, counts: Sequence[int], singles: int) -> Row:
@@ -477,7 +471,7 @@ class _Sequence:
         save_file(tensors, beside)
         os.replace(beside, self.file)
         about = {"known": self.known, "seconds": self.seconds, "fingerprint": self.model.fingerprint}
-        _write(self.file.with_suffix(".json"), about)
+        files.write_json(self.file.with_suffix(".json"), about, indent=1)
 
     def row(self) -> Row:
         """Figures of all edits so far."""
@@ -547,8 +541,8 @@ def table(rows: Sequence[Row]) -> Table:
 
 def _kept_value(file: Path, made: Callable[[], Any]) -> Any:
     if not file.is_file():
-        _write(file, made())
-    return json.loads(file.read_text(encoding="utf-8"))
+        files.write_json(file, made(), indent=1)
+    return files.read_json(file)
 
 
 def rounding(model: Model, progress: Progress | None = None) -> list[Row]:
@@ -628,9 +622,3 @@ def _all_rows(folder: Path) -> list[Row]:
     order = [UNEDITED, *EDITORS]
     found = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "rows").glob("*.json")]
     return sorted(found, key=lambda row: (order.index(row["editor"]), row["edits"]))
-
-
-def _write(file: Path, value: Any) -> None:
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, file)

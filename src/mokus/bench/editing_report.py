@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from mokus.files import write as write_file
 from mokus.report import _PAGE, _image, _section, _table
 
 Row = dict[str, Any]
@@ -125,15 +125,7 @@ WANTED = [
 
 def write(folder: Path, rows: list[Row], extra: dict[str, Any], setup: dict[str, Any]) -> Path:
     """Write `report.html` into a folder, all of it or nothing; returns its path."""
-    html = page(rows, extra, setup)
-    folder.mkdir(parents=True, exist_ok=True)
-    path, beside = folder / "report.html", folder / f".report.html.{os.getpid()}"
-    try:
-        beside.write_text(html, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+    return write_file(folder / "report.html", page(rows, extra, setup))
 
 
 def page(rows: list[Row], extra: dict[str, Any], setup: dict[str, Any]) -> str:

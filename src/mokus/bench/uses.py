@@ -7,8 +7,6 @@ run that was stopped goes on where it was.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -17,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from mokus import files
 from mokus.concept_pack import versions
 from mokus.editors import Editor, editor
 from mokus.editors.rewrite import rewritten
@@ -117,29 +116,13 @@ def about(model: Model, name: str, **more: Any) -> Row:
 
 def kept(folder: Path, name: str, setup: Row, made: Callable[[], Row]) -> Row:
     """A case from its file, or measured and kept there. Raises `MokusError` for a file of another setup."""
-    file = folder / "cases" / f"{name.replace(':', '-')}.json"
-    if file.is_file():
-        known: Row = json.loads(file.read_text(encoding="utf-8"))
-        if known.pop("setup") != json.loads(json.dumps(setup)):
-            raise MokusError(f"{file} is of a run with other settings, model or versions; name another folder with -o.")
-        return known
-    row = json.loads(json.dumps(made()))
-    write(file, json.dumps({**row, "setup": setup}, indent=1) + "\n")
-    return row
-
-
-def write(file: Path, content: str) -> None:
-    """A text file, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    beside.write_text(content, encoding="utf-8")
-    os.replace(beside, file)
+    return files.kept(folder / "cases" / f"{name.replace(':', '-')}.json", setup, made)
 
 
 def save(folder: Path, results: Row, summary: str) -> None:
     """DIR/results.json and DIR/summary.md."""
-    write(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    write(folder / "summary.md", summary)
+    files.write_json(folder / "results.json", results, indent=1)
+    files.write(folder / "summary.md", summary)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

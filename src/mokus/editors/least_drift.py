@@ -169,9 +169,7 @@ class _Search:
         with torch.no_grad(), applied(self.model.pipe.text_encoder, self.before, self.shifts()):
             away = distance(tails(self.model, watched.texts), watched.tails)
         most = away.topk(min(watched.furthest, self.settings.rivals, len(watched))).indices
-        self.entering = self._entering(
-            self.goal.rows + Rows.of(self.model, [watched.texts[i] for i in most.tolist()])
-        )
+        self.entering = self._entering(self.goal.rows + Rows.of(self.model, [watched.texts[i] for i in most.tolist()]))
         self.wanted = watched.tails[most]
 
     def _entering(self, rows: Rows) -> Entering:
@@ -192,7 +190,8 @@ class _Search:
             if self.wanted is not None:
                 n = len(self.wanted)
                 away = (
-                    distance(last_of(states[-n:], self.entering.rows.lengths[-n:], goal.tail), self.wanted) / goal.start.mean()
+                    distance(last_of(states[-n:], self.entering.rows.lengths[-n:], goal.tail), self.wanted)
+                    / goal.start.mean()
                 )
                 loss = loss + s.near_weight * _hinge(away - FREE, 2 * SHARP).mean()
             loss = loss + s.drift_weight * torch.stack([b.square().sum() for b in self.factors.values()]).sum()

@@ -15,8 +15,8 @@ from mokus.bench.knowcusbench.aggregate import MARK, load_run, swept
 from mokus.bench.knowcusbench.manifest import Suite
 from mokus.bench.knowcusbench.methods import Method, method
 from mokus.bench.knowcusbench.recipe import Case, Recipe
-from mokus.bench.knowcusbench.run import read_json, write_json
 from mokus.editors import EDITORS
+from mokus.files import read_json, write_json
 from mokus.pipeline import Defaults
 from mokus.settings import EditSettings
 

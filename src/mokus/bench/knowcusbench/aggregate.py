@@ -42,8 +42,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mokus.bench.knowcusbench.run import read_json
 from mokus.errors import MokusError
+from mokus.files import read_json
 
 RESAMPLES, SEED, LEVEL = 10_000, 0, 0.95
 KINDS = ("reconstruction", "generation")

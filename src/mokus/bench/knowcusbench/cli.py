@@ -17,6 +17,7 @@ from rich.table import Table
 from mokus.bench.knowcusbench.methods import METHODS, method
 from mokus.console import Bars, Commands, load_model, note, parse_seeds, print_json, stdout
 from mokus.errors import MokusError
+from mokus.files import read_json, write_json
 
 if TYPE_CHECKING:
     from mokus.bench.knowcusbench.manifest import Suite
@@ -179,7 +180,6 @@ def ablate(
     """Sweep the number of pieces of knowledge, the editor's step size or its layers, in the folder of a run; score that."""
     from mokus.bench.knowcusbench import ablate as sweeps
     from mokus.bench.knowcusbench.manifest import load_suite
-    from mokus.bench.knowcusbench.run import read_json
 
     names = [name.strip() for name in sweep.split(",")]
     for name in names:
@@ -271,7 +271,7 @@ def _run(
         failed = several.gathered(failed)
         if several.first:
             runner.write_training(plan, work.shelf, output)
-            runner.write_json(output / "failed.json", [asdict(each) for each in failed])
+            write_json(output / "failed.json", [asdict(each) for each in failed])
     if several.first:
         _finish(output, plan.images(), failed, as_json, last)
     if failed:
@@ -321,7 +321,6 @@ def _score(
     """Score what is not scored yet."""
     from mokus.bench.knowcusbench.manifest import load_suite
     from mokus.bench.knowcusbench.metrics import metrics_for
-    from mokus.bench.knowcusbench.run import read_json
     from mokus.bench.knowcusbench.score import score
 
     plan = read_json(folder / "plan.json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -41,6 +40,7 @@ from mokus.bench.knowcusbench.report_layout import (
     Verdict,
     plain,
 )
+from mokus.files import write as write_file
 from mokus.report import _PAGE
 
 OURS = "mokus"
@@ -70,17 +70,7 @@ def write(folder: Path) -> tuple[Row, list[Path]]:
         "report.md": "\n\n".join(text) + "\n",
         "report.html": page,
     }
-    return results, [_written(run.folder / name, content) for name, content in contents.items()]
-
-
-def _written(path: Path, text: str) -> Path:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+    return results, [write_file(run.folder / name, content) for name, content in contents.items()]
 
 
 def _style() -> str:

@@ -7,8 +7,6 @@ as a whole, so that its bytes are those of an uninterrupted run.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +24,7 @@ from mokus.bench.knowcusbench.plan import PHOTO_SEED, PHOTOS, Item, Plan, image_
 from mokus.bench.knowcusbench.recipe import digest
 from mokus.concept_pack import ConceptPack, versions
 from mokus.errors import MokusError
+from mokus.files import read_json, write_json
 from mokus.generation import Generated, draw, looks_loaded, save_png
 from mokus.pipeline import Model, encode
 
@@ -259,27 +258,6 @@ def training_rows(plan: Plan, shelf: Shelf) -> list[dict[str, Any]]:
 def _sum(packs: dict[str, Any]) -> float | None:
     seconds = [made.seconds for _, made in packs.values()]
     return None if None in seconds else sum(seconds)
-
-
-def read_json(file: Path) -> Any:
-    """The file's contents, or None if it is not there. Raises `MokusError` if it is no JSON."""
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MokusError(f"{file} is no JSON ({error}); take it away, and run the benchmark again.") from error
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 # --- what it will take ------------------------------------------------------------------------------------------------

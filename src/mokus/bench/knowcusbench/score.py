@@ -20,8 +20,8 @@ from mokus.bench.knowcusbench.manifest import RENDERED, Concept, Suite
 from mokus.bench.knowcusbench.metrics import Metric, Shown
 from mokus.bench.knowcusbench.plan import image_file
 from mokus.bench.knowcusbench.recipe import digest
-from mokus.bench.knowcusbench.run import read_json, write_json
 from mokus.errors import MokusError
+from mokus.files import read_json, write_json
 from mokus.photos import load_photos
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]

@@ -208,10 +208,10 @@ def _command() -> str:
 
 def _judge(folder: Path, whom: JudgeSettings, protocols: list[Version]) -> bool:
     """Judge what is not judged; returns whether all of it is."""
-    from mokus.bench.knowcusbench.run import write_json
     from mokus.bench.wise.judge import KEY_VARIABLE, Judge, questions, scored
     from mokus.bench.wise.report import JUDGE
     from mokus.bench.wise.run import read_plan
+    from mokus.files import write_json
 
     asked = questions(folder, read_plan(folder), protocols, whom.model)
     about = {"model": whom.model, "protocols": protocols, "price_in": whom.price_in, "price_out": whom.price_out}

@@ -34,10 +34,10 @@ from PIL import Image
 
 from mokus.bench.knowcusbench.plan import image_file
 from mokus.bench.knowcusbench.recipe import digest
-from mokus.bench.knowcusbench.run import read_json, write_json
 from mokus.bench.wise.entries import Version
 from mokus.bench.wise.protocol import EDITION, RANGES, REMINDER, question, read_answer
 from mokus.errors import MokusError
+from mokus.files import read_json, write_json
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 JUDGED = "judged"

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mokus.bench.knowcusbench.recipe import digest
-from mokus.bench.knowcusbench.run import read_json, write_json
 from mokus.bench.wise.entries import Entry
 from mokus.errors import MokusError
+from mokus.files import read_json, write_json
 from mokus.knowledge import check_text, normalise, questions, tidy
 from mokus.knowledge_update import ask, check_meaning
 

@@ -17,8 +17,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from mokus.bench.knowcusbench.run import write_json
 from mokus.bench.wise.entries import Entry, wise_json
+from mokus.files import write_json
 from mokus.miniature import language, world
 from mokus.miniature.language import article
 from mokus.miniature.world import Fact, Subject

@@ -14,15 +14,15 @@ from typing import Any
 from PIL import Image
 
 from mokus.bench.knowcusbench.plan import image_file
-from mokus.bench.knowcusbench.report import _written
 from mokus.bench.knowcusbench.report_layout import NONE, Cell, Lines, Page, Part, Section, Table, Texts, plain
-from mokus.bench.knowcusbench.run import read_json
 from mokus.bench.wise.entries import Version
 from mokus.bench.wise.judge import questions
 from mokus.bench.wise.knowledge import FILE as KNOWLEDGE
 from mokus.bench.wise.run import AFTER, BEFORE, FAILED, edit_records, read_plan
 from mokus.bench.wise.score import VARIANTS, Judged, cost, judged, results
 from mokus.errors import MokusError
+from mokus.files import read_json
+from mokus.files import write as write_file
 from mokus.report import _PAGE, _image
 
 Row = dict[str, Any]
@@ -60,7 +60,7 @@ def write(folder: Path) -> tuple[Row, list[Path]]:
         "results.json": json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": "\n\n".join(text) + "\n", "report.html": page,
     }  # fmt: skip
-    return figures, [_written(folder / name, content) for name, content in contents.items()]
+    return figures, [write_file(folder / name, content) for name, content in contents.items()]
 
 
 def _whole(folder: Path, plan: Row, judge: Row, found: Judged) -> Row:

@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 
 from mokus.bench.knowcusbench.plan import image_file
 from mokus.bench.knowcusbench.recipe import digest
-from mokus.bench.knowcusbench.run import FAULTS, read_json, write_json
+from mokus.bench.knowcusbench.run import FAULTS
 from mokus.bench.wise.entries import Entries, Entry
 from mokus.bench.wise.knowledge import Knowledge
 from mokus.concept_pack import versions
 from mokus.editors import Editor, editor, rewrite
 from mokus.errors import MokusError
+from mokus.files import read_json, write_json
 from mokus.generation import Generated, check_settings, draw, save_png
 from mokus.knowledge import check_text
 from mokus.knowledge_update import edit, request
