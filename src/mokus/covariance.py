@@ -72,7 +72,7 @@ def corpus_of(model: Model, settings: EditSettings) -> Corpus:
     for word in CLASS_WORDS:
         some = prior_prompts(word, settings.corpus // len(CLASS_WORDS), seed=0)
         whole += some + [questions(text)[0] for text in some[::2] if not text.startswith("a ")]
-    odd = Words.of(model.pipe.tokenizer).references(settings.odd_references, seed=0)
+    odd = Words.of(model.tokenizer).references(settings.odd_references, seed=0)
     return Corpus([*whole, *model.corpus], in_places(odd, seed=0))
 
 
