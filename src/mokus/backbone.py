@@ -43,6 +43,7 @@ class Backbone:
     reads: tuple[int, ...] = (-1,)  # the layers whose outputs that is, side by side
     bare_text_encoder: bool = False  # whether folders as they are published name another class, without the head
     normed: bool = False  # through the final norm, which only the last layer's output can be
+    processor: str = ""  # the class in transformers of a pipeline that has one; of it only the tokenizer is wanted
     longest: int = LONGEST  # tokens of a prompt with the template's tail
     tokenizer: Callable[[Any], Any] = lambda pipe: pipe.tokenizer
     patch: int = 1  # sides of a place of the grid, in the VAE's latents
@@ -137,6 +138,7 @@ QWEN_IMAGE_21 = Backbone(
     pipeline="QwenImage21Pipeline",
     name="qwen-image-2.1",
     text_encoder="Qwen3VLForConditionalGeneration",
+    processor="Qwen3VLProcessor",
     language_model="model.language_model",
     template=lambda pipe: pipe.prompt_template_t2i,
     encode=lambda pipe, prompt, device: pipe.encode_prompt(prompt, device=device)[0][0],

@@ -121,6 +121,9 @@ def load(model: str | Path | None = None, device: str | None = None, dtype: torc
     defaults = _defaults(source, backbone.defaults(index))
     try:
         parts = _answering(source, index, backbone, kind)
+        if backbone.processor:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder="processor")
+            parts["processor"] = of_prompts(backbone.processor, tokenizer)
         pipe = getattr(diffusers, backbone.pipeline).from_pretrained(source, dtype=kind, use_safetensors=True, **parts)
     except (OSError, ValueError, SafetensorError) as error:  # what the libraries say of missing and damaged parts
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
@@ -146,6 +149,24 @@ def _answering(source: str, index: dict[str, Any], backbone: Backbone, dtype: to
             f"the text encoder of {source} lacks {lacking[0]}, expected a whole {backbone.text_encoder}, which can answer."
         )
     return {"text_encoder": encoder}
+
+
+def of_prompts(processor: str, tokenizer: Any) -> Any:
+    """A processor of this class in transformers, with its tokenizer alone.
+
+    A whole one wants torchvision, for images and videos, which no prompt here has.
+    """
+    whole = getattr(transformers, processor)
+
+    class OfPrompts(whole):  # type: ignore[misc, valid-type]
+        def __init__(self, tokenizer: Any) -> None:
+            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+            self.image_token_id, self.video_token_id = (
+                tokenizer.convert_tokens_to_ids(token) for token in (self.image_token, self.video_token)
+            )
+            transformers.ProcessorMixin.__init__(self, tokenizer, chat_template=tokenizer.chat_template)
+
+    return OfPrompts(tokenizer)
 
 
 def has_room(pipe: Any, device: torch.device) -> bool:

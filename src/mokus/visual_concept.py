@@ -291,8 +291,8 @@ class _Run:
         if pick is not None:
             embeds, mask = embeds[pick.to(embeds.device)], mask[pick.to(mask.device)]
         device, dtype = self.model.device, self.transformer.dtype
-        z, t, embeds = (x.to(device, dtype) for x in (z, t, embeds))
-        return self.model.backbone.velocity(self.transformer, z, t, embeds, mask.to(device), self.grid)
+        z, embeds = (x.to(device, dtype) for x in (z, embeds))
+        return self.model.backbone.velocity(self.transformer, z, t.to(device), embeds, mask.to(device), self.grid)
 
     # --- training -----------------------------------------------------
 
