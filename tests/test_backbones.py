@@ -438,6 +438,36 @@ def test_the_command_line(family: str, folders: Callable[[str], Path], tmp_path:
     assert result.exit_code == 2 and "layer 9" in result.stderr
 
 
+@pytest.mark.parametrize("family", NEW)
+def test_in_bfloat16(
+    family: str, folders: Callable[[str], Path], models: Callable[[str], Model], tmp_path: Path
+) -> None:
+    """As large models are loaded: the same model by its fingerprint, and both stages work."""
+    model = pipeline.load(folders(family), device="cpu", dtype=torch.bfloat16)
+    assert model.fingerprint == models(family).fingerprint
+    pack = learn(
+        model,
+        photos(model, 1),
+        ANCHOR,
+        tmp_path / "toy.pack",
+        settings=replace(QUICK, steps=1, prior_weight=0.0, preview_every=0),
+    )
+    (edit,) = bind(model, pack, KNOWN, settings=replace(EDIT, steps=4, least_alignment=0.0))
+    images = [np.asarray(each.image) for packs in ([], [pack]) for each in generate(model, KNOWN, packs, steps=2)]
+    assert edit.shifts and not np.array_equal(*images)
+
+
+def test_a_prompt_that_would_be_cut_off_is_refused(model: Model) -> None:
+    longest = model.backbone.longest - tail_length(model)
+    text = " a" * longest
+    assert len(token_ids(model, text)) - prefix_length(model) == model.backbone.longest
+    generate(model, text)  # which draws nothing yet
+    with pytest.raises(MokusError, match=f"at most {model.backbone.longest}"):
+        generate(model, text + " a")
+    if model.backbone is not QWEN_IMAGE:
+        assert len(encode(model, [text])[0]) >= model.backbone.longest
+
+
 # --- loading -------------------------------------------------------------------------------------------------
 
 
