@@ -38,6 +38,7 @@ from mokus.settings import EditSettings, LearnSettings
 from mokus.visual_concept import learn
 
 from . import pico_backbones
+from .conftest import known
 from .pico_backbones import LAYERS, MAKERS
 
 ANCHOR, KNOWN = "sks toy", "my favourite toy"
@@ -272,6 +273,7 @@ def test_other_prompts_and_images_have_no_influence(model: Model) -> None:
 # --- stage 1 -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("model", NEW, indirect=True)  # of Qwen-Image the tests beside this file say as much
 def test_learning_is_repeatable_and_leaves_no_trace(
     model: Model, packs: Callable[[str], ConceptPack], tmp_path: Path
 ) -> None:
@@ -353,6 +355,7 @@ def drawn(model: Model, pipe: Any, prompt: str, seed: int, scale: float) -> Imag
     ).images[0]  # fmt: skip
 
 
+@pytest.mark.parametrize("model", NEW, indirect=True)  # of Qwen-Image the tests beside this file say as much
 def test_both_stages_from_end_to_end(
     model: Model, packs: Callable[[str], ConceptPack], models: Callable[[str], Model]
 ) -> None:
@@ -386,7 +389,7 @@ def test_both_stages_from_end_to_end(
 
 def test_a_pack_says_what_it_is_for(model: Model, packs: Callable[[str], ConceptPack]) -> None:
     pack = packs(model.backbone.pipeline)
-    bind(model, pack, KNOWN, settings=EDIT)  # writes the card anew, without the model
+    pack.replace_edits([(known(KNOWN), some_shifts(model, 1))])  # writes the card anew, without the model
     about = json.loads((pack.path / MANIFEST).read_text(encoding="utf-8"))
     assert about.get("pipeline") == (None if model.backbone is QWEN_IMAGE else model.backbone.pipeline)
     card = (pack.path / README).read_text(encoding="utf-8")
@@ -402,7 +405,7 @@ def test_the_card_of_z_image_draws(
 ) -> None:
     model = models("ZImagePipeline")
     pack = packs("ZImagePipeline")
-    bind(model, pack, KNOWN, settings=EDIT)
+    pack.replace_edits([(known(KNOWN), some_shifts(model, 1))])
     code = re.findall(r"```python\n(.*?)```", (pack.path / README).read_text(encoding="utf-8"), re.DOTALL)[0]
     monkeypatch.chdir(pack.path)
     names: dict[str, Any] = {"random": torch.Generator().manual_seed(3)}
