@@ -46,7 +46,7 @@ class Backbone:
     processor: str = ""  # the class in transformers of a pipeline that has one; of it only the tokenizer is wanted
     longest: int = LONGEST  # tokens of a prompt with the template's tail
     tokenizer: Callable[[Any], Any] = lambda pipe: pipe.tokenizer
-    patch: int = 1  # sides of a place of the grid, in the VAE's latents
+    patch: int = 1  # the VAE's latents along each side of a place
     velocity: Callable[..., Tensor] = flow.velocity  # as `flow.velocity`: z1 - z0, at the share t of noise
     mixes: bool = True  # whether prompts of several lengths may be drawn in one call
     scale: tuple[str, int] = ("true_cfg_scale", 0)  # the pipeline's word for guidance, and what it is less than ours
