@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,13 +142,21 @@ class Rows:
         with torch.no_grad():
             cache = _prefix_cache(model, self.prefix)
             cache.batch_repeat_interleave(len(self.ids))
-        language_model, told = model.language_model, dict[nn.Module, Tensor]()
-        read = [] if model.backbone.normed else model.backbone.read(language_model.layers)
-        with ExitStack() as stack:
-            for layer in read:
-                stack.callback(layer.register_forward_hook(lambda layer, _, out: told.update({layer: out})).remove)
-            final: Tensor = language_model(input_ids=self.ids, past_key_values=cache, use_cache=True).last_hidden_state
-        return States(torch.cat([told[layer] for layer in read], dim=-1) if read else final, final), cache
+        return _states(model.language_model, _read(model), input_ids=self.ids, past_key_values=cache), cache
+
+
+def _read(model: Model) -> list[nn.Module]:
+    """The layers whose outputs the image transformer is told; none if it is told the final states."""
+    return [] if model.backbone.normed else model.backbone.read(model.language_model.layers)
+
+
+def _states(language_model: nn.Module, read: Sequence[nn.Module], **inputs: Any) -> States:
+    told: dict[nn.Module, Tensor] = {}
+    with ExitStack() as stack:
+        for layer in read:
+            stack.callback(layer.register_forward_hook(lambda layer, _, out: told.update({layer: out})).remove)
+        final: Tensor = language_model(**inputs, use_cache=True).last_hidden_state
+    return States(torch.cat([told[layer] for layer in read], dim=-1) if read else final, final)
 
 
 def last_of(states: Tensor, lengths: Tensor, n: int) -> Tensor:
