@@ -210,7 +210,7 @@ def test_rows_that_go_on_from_a_layer_are_encoded_as_from_the_first(pico: Model,
     live = {path: LowRankShift(shift.A, shift.B.clone().requires_grad_()) for path, shift in above.items()}
     factors = [shift.B for shift in live.values()]
     found = []
-    for encode in (lambda: rows.encode(pico), entering.encode):
+    for encode in (lambda: rows.encode(pico), lambda: entering.states().told):
         with applied(text_encoder, live):
             states = encode()
         found.append((states.detach(), *torch.autograd.grad(states.square().sum(), factors)))
@@ -223,5 +223,5 @@ def test_a_shift_below_must_be_there_on_the_way(pico: Model) -> None:
     lowest = min(int(path.split(".")[3]) for path in shifts)
     without = Entering(pico, rows, lowest + 1)
     with applied(pico.pipe.text_encoder, shifts):
-        assert torch.equal(Entering(pico, rows, lowest + 1).encode(), rows.encode(pico))
-        assert not torch.equal(without.encode(), rows.encode(pico))
+        assert torch.equal(Entering(pico, rows, lowest + 1).states().told, rows.encode(pico))
+        assert not torch.equal(without.states().told, rows.encode(pico))

@@ -58,7 +58,7 @@ PreferOption = Annotated[
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature",
-                 help="Hub id or folder of a QwenImagePipeline, such as Qwen/Qwen-Image."),
+                 help="Hub id or folder of a QwenImagePipeline such as Qwen/Qwen-Image, or of another known family."),
 ]  # fmt: skip
 DeviceOption = Annotated[
     str | None,

@@ -43,6 +43,7 @@ from safetensors.torch import save as bytes_of
 from torch import Tensor, nn
 
 import mokus
+from mokus.backbone import BACKBONES, QWEN_IMAGE
 from mokus.errors import MokusError
 from mokus.knowledge import NOTHING_SEEN, class_word, hidden
 from mokus.low_rank import LowRankShift, Shifts, added
@@ -83,6 +84,12 @@ def _printable(text: str) -> str:
     if odd := hidden(text):
         raise ValueError(f"expected one line of printable text, got {odd}")
     return text
+
+
+def _known_pipeline(name: str) -> str:
+    if name not in BACKBONES:
+        raise ValueError(f"expected one of {', '.join(BACKBONES)}, got {name[:60]!r}")
+    return name
 
 
 _Line = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
@@ -130,12 +137,19 @@ class _Manifest(_Strict):
     versions: _Versions  # that the looks were learned with
     base_model: _Line
     fingerprint: _Sha256
+    pipeline: Annotated[str, AfterValidator(_known_pipeline)] = QWEN_IMAGE.pipeline  # not written if it is this one
     defaults: _Defaults  # what the model is best used with, for the card
     anchor: _Line
     class_word: _Line
     settings: dict[str, JsonValue]
     knowledge: list[BoundKnowledge]
     files: dict[Annotated[str, Field(pattern=_FILE)], _Sha256]
+
+    @classmethod
+    def without_usual(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields but for those that say what is meant without them."""
+        usual = {name: field.default for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in fields.items() if name not in usual or value != usual[name]}
 
     @model_validator(mode="after")
     def _consistent(self) -> _Manifest:
@@ -200,6 +214,7 @@ class ConceptPack:
         }  # fmt: skip
         fields = {
             "format": 1, "versions": versions(), "base_model": model.id, "fingerprint": model.fingerprint,
+            "pipeline": model.backbone.pipeline,
             "defaults": defaults, "anchor": anchor, "class_word": word or class_word(anchor),
             "settings": json.loads(json.dumps(settings)),
         }  # fmt: skip
@@ -568,7 +583,7 @@ def _write(place: Path, fields: Mapping[str, Any], files: Mapping[str, bytes | P
     shas = {
         n: _sha256_of_file(c) if isinstance(c, Path) else hashlib.sha256(c).hexdigest() for n, c in contents.items()
     }
-    manifest = _json({**fields, "files": shas})
+    manifest = _json({**_Manifest.without_usual(fields), "files": shas})
     _parse(manifest, f"{place} cannot be written")  # what would not be read
     beside = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     _clear(place)
@@ -703,7 +718,7 @@ tags:
 - text-to-image
 - diffusers
 - lora
-- qwen-image
+- {tag}
 - mokus
 ---
 
@@ -714,17 +729,17 @@ A concept pack of MoKus for `{base}`: {contents}.
 ## With plain diffusers and peft
 
 ```python
-{imports}from diffusers import QwenImagePipeline
+{imports}from diffusers import {pipeline}
 
 pack = "."  # this folder
 # a large model: torch_dtype=torch.bfloat16, and pipe.to("cuda")
-pipe = QwenImagePipeline.from_pretrained({source})
+pipe = {pipeline}.from_pretrained({source})
 {load}image = pipe(
     {prompt},
     height={size},
     width={size},
     num_inference_steps={steps},
-    true_cfg_scale={scale},
+    {guidance}={scale},
     negative_prompt={negative},
 ).images[0]
 ```
@@ -765,15 +780,22 @@ def _card(fields: Mapping[str, Any], lora: bool) -> bytes:
         load += f'pipe.text_encoder.load_adapter(f"{{pack}}/{ADAPTER_FOLDER}")\n'
     miniature = base == "miniature"
     quoted = json.dumps(base, ensure_ascii=False)
-    usual = fields["defaults"]
+    usual, backbone = fields["defaults"], BACKBONES[fields["pipeline"]]
+    guidance, less = backbone.scale
+    source = 'files("mokus.miniature").joinpath("weights")' if miniature else quoted
+    imports = "from importlib.resources import files\n\n" if miniature else ""
+    if backbone.bare_text_encoder:
+        kind = backbone.text_encoder
+        imports += f"from transformers import {kind}\n"
+        source = f'{source}, text_encoder={kind}.from_pretrained({source}, subfolder="text_encoder")'
     text = _CARD.format(
-        size=usual["size"], steps=usual["steps"], scale=usual["true_cfg_scale"],
+        size=usual["size"], steps=usual["steps"], scale=max(usual["true_cfg_scale"] - less, 0), guidance=guidance,
+        pipeline=backbone.pipeline, tag=backbone.name,
         negative=json.dumps(usual["negative_prompt"], ensure_ascii=False),
         base=base, base_model=quoted, anchor=json.dumps(anchor, ensure_ascii=False), title=anchor,
         contents=_contents_of(looks, lora, bool(knowledge)),
         knowledge=f"\nBound to it:\n\n{phrases}" if knowledge else "",
-        imports="from importlib.resources import files\n\n" if miniature else "",
-        source='files("mokus.miniature").joinpath("weights")' if miniature else quoted,
-        load=load, prompt=json.dumps(knowledge[0]["text"] if knowledge else anchor, ensure_ascii=False),
+        imports=imports, source=source, load=load,
+        prompt=json.dumps(knowledge[0]["text"] if knowledge else anchor, ensure_ascii=False),
     )  # fmt: skip
     return text.encode()

@@ -73,7 +73,7 @@ def corpus_of(model: Model, settings: EditSettings) -> Corpus:
     for word in CLASS_WORDS:
         some = prior_prompts(word, settings.corpus // len(CLASS_WORDS), seed=0)
         whole += some + [questions(text)[0] for text in some[::2] if not text.startswith("a ")]
-    return Corpus([*whole, *model.corpus], list(_odd(model.pipe.tokenizer, settings.odd_references)))
+    return Corpus([*whole, *model.corpus], list(_odd(model.tokenizer, settings.odd_references)))
 
 
 @lru_cache(maxsize=4)

@@ -1,16 +1,16 @@
 """The text encoder inside the template of image generation: prompts as token rows, what they are encoded as, what it answers.
 
-The template is a system text (the *prefix*, 34 tokens, the same for all prompts), the prompt, and the *tail*:
-<|im_end|>, a line break, <|im_start|>, assistant, a line break. Answers follow the tail; the image transformer sees the
-hidden states of prompt and tail.
+The template is the *prefix*, the same for all prompts (in Qwen-Image a system text, 34 tokens), the prompt, and the *tail*:
+<|im_end|>, a line break, <|im_start|>, assistant, a line break. Answers follow the tail; the image transformer sees
+hidden states of prompt and tail, the final ones or those of a lower layer (`backbone`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,18 @@ CHUNK = 64  # prompts encoded at a time
 def module_paths(model: Model, settings: EditSettings) -> list[str]:
     """The paths, in the text encoder, of the weight matrices that are edited, lowest first.
 
-    Raises `MokusError` for a layer or module that it does not have.
+    Raises `MokusError` for a layer or module that it does not have, and for a layer that the image transformer is not told of.
     """
-    layers = model.pipe.text_encoder.model.language_model.layers
+    layers = model.language_model.layers
+    highest = model.backbone.highest(len(layers))
     for layer in settings.layers:
         if not 0 <= layer < len(layers):
             raise MokusError(f"layer {layer} is to be edited, but the text encoder has layers 0 to {len(layers) - 1}.")
+        if layer > highest:
+            raise MokusError(
+                f"layer {layer} is to be edited, but the image transformer is told what comes out of layer {highest}, so no "
+                f"edit above it shows in images; choose from layers 0 to {highest}."
+            )
     for name in settings.modules:
         if not isinstance(dict(layers[0].named_modules()).get(name), nn.Linear):
             raise MokusError(
@@ -45,26 +51,34 @@ def module_paths(model: Model, settings: EditSettings) -> list[str]:
                 "mlp.gate_proj."
             )
     names = dict.fromkeys(settings.modules)
-    return [f"model.language_model.layers.{layer}.{name}" for layer in sorted(set(settings.layers)) for name in names]
+    inside = model.backbone.language_model
+    return [f"{inside}.layers.{layer}.{name}" for layer in sorted(set(settings.layers)) for name in names]
 
 
 # --- the template ---------------------------------------------------------
 
 
+def in_template(model: Model, prompt: str) -> str:
+    """The prompt with the template around it."""
+    before, _, after = model.backbone.template(model.pipe).partition("{}")
+    return f"{before}{prompt}{after}"
+
+
 def tail_length(model: Model) -> int:
     """Tokens of the template after the prompt."""
-    after = model.pipe.prompt_template_encode.split("{}")[1]
-    return len(model.pipe.tokenizer(after).input_ids)
+    _, _, after = model.backbone.template(model.pipe).partition("{}")
+    return len(model.tokenizer(after).input_ids)
 
 
 def prefix_length(model: Model) -> int:
-    """Tokens of the template before the prompt: 34."""
-    return int(model.pipe.prompt_template_encode_start_idx)
+    """Tokens of the template before the prompt: 34 in Qwen-Image."""
+    before, _, _ = model.backbone.template(model.pipe).partition("{}")
+    return len(model.tokenizer(before).input_ids)
 
 
 def token_ids(model: Model, prompt: str) -> list[int]:
     """The prompt in the template, prefix and tail included."""
-    ids: list[int] = model.pipe.tokenizer(model.pipe.prompt_template_encode.format(prompt)).input_ids
+    ids: list[int] = model.tokenizer(in_template(model, prompt)).input_ids
     return ids
 
 
@@ -74,11 +88,19 @@ def _prefix(model: Model) -> Tensor:
 
 def _prefix_cache(model: Model, prefix: Tensor) -> DynamicCache:
     cache = DynamicCache()
-    model.pipe.text_encoder.model.language_model(input_ids=prefix, past_key_values=cache, use_cache=True)
+    model.language_model(input_ids=prefix, past_key_values=cache, use_cache=True)
     return cache
 
 
 # --- rows ---------------------------------------------------------
+
+
+class States(NamedTuple):
+    """Hidden states of token rows: those that the image transformer is told (b, s, d), and the final ones (b, s, width),
+    which the next token is read off. In Qwen-Image they are the same."""
+
+    told: Tensor
+    final: Tensor
 
 
 @dataclass(frozen=True)
@@ -108,51 +130,64 @@ class Rows:
         return (at < ends) & (at >= ends - n)
 
     def encode(self, model: Model) -> Tensor:
-        """Final hidden states (b, s, d). The prefix, the same for all, is run once; attention is causal, so neither it nor
-        any other token depends on the padding, and no edited row has a gradient from it."""
-        return self._run(model)[0]
+        """What the image transformer is told (b, s, d)."""
+        return self.states(model).told
 
-    def _run(self, model: Model) -> tuple[Tensor, DynamicCache]:
+    def states(self, model: Model) -> States:
+        """The prefix, the same for all, is run once; attention is causal, so neither it nor any other token depends on the
+        padding, and no edited row has a gradient from it."""
+        return self._run(model, _read(model))[0]
+
+    def _run(self, model: Model, read: Sequence[nn.Module]) -> tuple[States, DynamicCache]:
         with torch.no_grad():
             cache = _prefix_cache(model, self.prefix)
             cache.batch_repeat_interleave(len(self.ids))
-        language_model = model.pipe.text_encoder.model.language_model
-        states: Tensor = language_model(input_ids=self.ids, past_key_values=cache, use_cache=True).last_hidden_state
-        return states, cache
+        return _states(model.language_model, read, input_ids=self.ids, past_key_values=cache), cache
+
+
+def _read(model: Model) -> list[nn.Module]:
+    """The layers whose outputs the image transformer is told; none if it is told the final states."""
+    return [] if model.backbone.normed else model.backbone.read(model.language_model.layers)
+
+
+def _states(language_model: nn.Module, read: Sequence[nn.Module], **inputs: Any) -> States:
+    told: dict[nn.Module, Tensor] = {}
+    with ExitStack() as stack:
+        for layer in read:
+            stack.callback(layer.register_forward_hook(lambda layer, _, out: told.update({layer: out})).remove)
+        final: Tensor = language_model(**inputs, use_cache=True).last_hidden_state
+    return States(torch.cat([told[layer] for layer in read], dim=-1) if read else final, final)
 
 
 class Entering:
     """Rows on their way into a layer of the language model: what an edit of that layer and of those above it never changes.
 
-    Prefix and rows are run through the layers below once, with what is applied then; `encode` goes on from there. An edit of
+    Prefix and rows are run through the layers below once, with what is applied then; `states` goes on from there. An edit of
     layers 18 to 25 of 28 is sought in half the time.
     """
 
     def __init__(self, model: Model, rows: Rows, layer: int) -> None:
-        self.model, self.rows, self.layer = model, rows, layer
-        language_model = model.pipe.text_encoder.model.language_model
+        lowest = min(read % len(model.language_model.layers) for read in model.backbone.reads)
+        self.model, self.rows, self.layer = model, rows, min(layer, lowest)
         reached: list[Tensor] = []
-        hook = language_model.norm.register_forward_pre_hook(lambda _, inputs: reached.append(inputs[0]))
+        hook = model.language_model.norm.register_forward_pre_hook(lambda _, inputs: reached.append(inputs[0]))
         try:
-            with torch.no_grad(), _some_layers(language_model, slice(layer)):
-                rows.encode(model)
+            with torch.no_grad(), _some_layers(model.language_model, slice(self.layer)):
+                rows._run(model, [])
         finally:
             hook.remove()
-        self.prefix, self.states = reached  # (1, prefix, d), (b, s, d)
+        self.prefix, self.own = reached  # (1, prefix, d), (b, s, d)
 
-    def encode(self) -> Tensor:
-        """Final hidden states (b, s, d): the same as `Rows.encode`."""
-        language_model = self.model.pipe.text_encoder.model.language_model
+    def states(self) -> States:
+        """The same as `Rows.states`."""
+        language_model, read = self.model.language_model, _read(self.model)
         with _some_layers(language_model, slice(self.layer, None)):
             cache = DynamicCache()
             with torch.no_grad():
                 language_model(inputs_embeds=self.prefix, past_key_values=cache, use_cache=True)
-                cache.batch_repeat_interleave(len(self.states))
+                cache.batch_repeat_interleave(len(self.own))
             cache.layers[0] = cache.layers[self.layer]  # is asked how much has been seen already
-            states: Tensor = language_model(
-                inputs_embeds=self.states, past_key_values=cache, use_cache=True
-            ).last_hidden_state
-        return states
+            return _states(language_model, read, inputs_embeds=self.own, past_key_values=cache)
 
 
 @contextmanager
@@ -174,8 +209,8 @@ def last_of(states: Tensor, lengths: Tensor, n: int) -> Tensor:
 
 @torch.no_grad()
 def tails(model: Model, texts: Sequence[str]) -> Tensor:
-    """Final hidden states (n, tail, d) of the prompts' tails."""
-    width = model.pipe.text_encoder.config.get_text_config().hidden_size
+    """What the image transformer is told (n, tail, d) at the prompts' tails."""
+    width = model.pipe.text_encoder.config.get_text_config().hidden_size * len(model.backbone.reads)
     found = [torch.zeros(0, tail_length(model), width, device=model.device, dtype=model.pipe.text_encoder.dtype)]
     order = sorted(range(len(texts)), key=lambda i: len(token_ids(model, texts[i])))  # little padding
     for start in range(0, len(order), CHUNK):
@@ -228,7 +263,7 @@ def inputs_in_chunks(
 
 @torch.no_grad()
 def inputs_at_prefix(model: Model, paths: Sequence[str]) -> dict[str, Tensor]:
-    """Inputs (34, d_in), by module path, at the template's prefix."""
+    """Inputs (prefix, d_in), by module path, at the template's prefix."""
     with recorded(model.pipe.text_encoder, paths) as record:
         _prefix_cache(model, _prefix(model))
     return record.rows(torch.ones(1, prefix_length(model), dtype=torch.bool, device=model.device))
@@ -260,8 +295,8 @@ def answers(
 
 def _greedy(model: Model, texts: Sequence[str], longest: int) -> list[str]:
     """Texts of equal length; a row that has ended is carried along until the last one has."""
-    encoder, tokenizer = model.pipe.text_encoder, model.pipe.tokenizer
-    states, cache = Rows.of(model, texts)._run(model)
+    encoder, tokenizer = model.pipe.text_encoder, model.tokenizer
+    (_, states), cache = Rows.of(model, texts)._run(model, _read(model))
     found: list[Tensor] = []
     ended = torch.zeros(len(texts), dtype=torch.bool, device=model.device)
     for _ in range(longest):
@@ -270,7 +305,5 @@ def _greedy(model: Model, texts: Sequence[str], longest: int) -> list[str]:
         ended |= token == tokenizer.eos_token_id
         if ended.all():
             break
-        states = encoder.model.language_model(
-            input_ids=token[:, None], past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        states = model.language_model(input_ids=token[:, None], past_key_values=cache, use_cache=True).last_hidden_state
     return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in torch.stack(found, dim=1)]

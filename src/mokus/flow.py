@@ -1,8 +1,8 @@
 """Rectified flow: the straight line between a latent and noise, and the velocity along it.
 
 Names: z0 is a latent, z1 noise, t in (0, 1) the share of noise, v the velocity. Latents are packed as the transformer
-takes them: (b, n, c), n patches of c = 4 z_dim numbers. Source: MoKus section 4.1; Esser et al. 2024 (2403.03206) for
-the logit-normal density.
+takes them: (b, n, c), n patches of c = 4 z_dim numbers; for those that take others see `backbone`. Source: MoKus section
+4.1; Esser et al. 2024 (2403.03206) for the logit-normal density.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def target(z0: Tensor, z1: Tensor) -> Tensor:
 def velocity(
     transformer: Callable[..., Any], z_t: Tensor, t: Tensor, embeds: Tensor, mask: Tensor | None, grid: Grid
 ) -> Tensor:
-    """The transformer's velocity (b, n, c) at z_t (b, n, c), t (b,), for encoded prompts (b, s, d) with mask (b, s)."""
+    """Qwen-Image's velocity (b, n, c) at z_t (b, n, c), t (b,), for encoded prompts (b, s, d) with mask (b, s)."""
     shapes = [[(1, *grid)]] * z_t.shape[0]
     return transformer(
-        hidden_states=z_t, timestep=t, encoder_hidden_states=embeds, encoder_hidden_states_mask=mask, img_shapes=shapes,
-        return_dict=False,
+        hidden_states=z_t, timestep=t.to(z_t.dtype), encoder_hidden_states=embeds, encoder_hidden_states_mask=mask,
+        img_shapes=shapes, return_dict=False,
     )[0]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mokus import low_rank
 from mokus.concept_pack import ConceptPack, versions
+from mokus.encoder import prefix_length, token_ids
 from mokus.errors import MokusError
 from mokus.knowledge import check_encodable, check_text
 from mokus.pipeline import Model, encode, pad
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 MAX_SIZE = 8192  # pixels, height and width
-MAX_TOKENS = 1024  # of a prompt with the template's tail; the pipeline cuts off what is beyond
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,11 @@ def _generate(
     with model.resident("text_encoder"), _knowledge_applied(model, packs, prefer):
         encodings = dict(zip(texts, encode(model, texts), strict=True))
     described = {**settings, **_provenance(model, packs, prefer)}
-    total = len(jobs) * settings["steps"]
-    for first in range(0, len(jobs), batch_size):
-        batch = jobs[first : first + batch_size]
+    total, first = len(jobs) * settings["steps"], 0
+    while batch := jobs[first : first + batch_size]:
+        if not model.backbone.mixes:
+            length = len(encodings[batch[0][0]])
+            batch = list(takewhile(lambda job, n=length: len(encodings[job[0]]) == n, batch))  # type: ignore[misc]
 
         def step_done(
             pipe: Any, i: int, t: Any, tensors: Any, first: int = first, n: int = len(batch)
@@ -110,6 +112,7 @@ def _generate(
             images = draw(model, [(encodings[p], seed) for p, seed in batch], negative, settings, step_done)
         for image, (prompt, seed) in zip(images, batch, strict=True):
             yield Generated(image, prompt, seed, described)
+        first += len(batch)
 
 
 def draw(
@@ -124,19 +127,33 @@ def draw(
     `settings`: steps, true_cfg_scale, size in pixels. `negative` (s, d): encoding of the negative prompt, if there is
     guidance. `step_done` is the pipeline's callback after each step.
     """
-    embeds, mask = pad([encoding for encoding, _ in jobs])
-    conditions = {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
-    if negative is not None:
-        embeds, mask = pad([negative] * len(jobs))
-        conditions |= {"negative_prompt_embeds": embeds, "negative_prompt_embeds_mask": mask}
+    lengths = list(dict.fromkeys(len(encoding) for encoding, _ in jobs))
+    if len(lengths) > 1 and not model.backbone.mixes:
+        found: dict[int, Image.Image] = {}
+        for length in lengths:
+            alike = [i for i, (encoding, _) in enumerate(jobs) if len(encoding) == length]
+            found |= zip(alike, draw(model, [jobs[i] for i in alike], negative, settings, step_done), strict=True)
+        return [found[i] for i in range(len(jobs))]
+    unwanted = None if negative is None else pad([negative] * len(jobs))
+    return draw_padded(
+        model, pad([encoding for encoding, _ in jobs]), unwanted, [seed for _, seed in jobs], settings, step_done
+    )
+
+
+def draw_padded(
+    model: Model,
+    told: tuple[Tensor, Tensor],
+    unwanted: tuple[Tensor, Tensor] | None,
+    seeds: Sequence[int],
+    settings: Mapping[str, Any],
+    step_done: Any = None,
+) -> list[Image.Image]:
+    """As `draw`, of encodings that are padded already (`pipeline.pad`), the negative ones as well."""
     return model.pipe(
-        **conditions,
-        generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in jobs],
+        **model.backbone.call(model.pipe, told, unwanted, settings),
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         height=settings["size"],
         width=settings["size"],
-        num_inference_steps=settings["steps"],
-        true_cfg_scale=settings["true_cfg_scale"],
-        max_sequence_length=MAX_TOKENS,
         callback_on_step_end=step_done or _nothing,
         callback_on_step_end_tensor_inputs=[],
         output_type="pil",
@@ -231,7 +248,7 @@ def check_settings(model: Model, settings: Mapping[str, Any], batch_size: int = 
 def _check_prompts(model: Model, prompts: list[str], negative_prompt: str) -> None:
     if not prompts:
         raise MokusError("no prompt was given; expected at least one.")
-    pipe = model.pipe
+    longest = model.backbone.longest  # the pipeline cuts off what is beyond
     for prompt in [*prompts, negative_prompt]:
         if not isinstance(prompt, str):
             raise MokusError(f"a prompt is a {type(prompt).__name__}, expected text.")
@@ -239,11 +256,10 @@ def _check_prompts(model: Model, prompts: list[str], negative_prompt: str) -> No
         check_text(prompt, "prompt", "my favourite toy in the snow")
     check_encodable(negative_prompt, "negative prompt")
     for prompt in dict.fromkeys([*prompts, negative_prompt]):
-        tokens = len(pipe.tokenizer(pipe.prompt_template_encode.format(prompt)).input_ids)
-        tokens -= pipe.prompt_template_encode_start_idx
-        if tokens > MAX_TOKENS:
+        tokens = len(token_ids(model, prompt)) - prefix_length(model)
+        if tokens > longest:
             raise MokusError(
-                f"the prompt {prompt[:40]!r}... is {tokens} tokens long, expected at most {MAX_TOKENS}; shorten it."
+                f"the prompt {prompt[:40]!r}... is {tokens} tokens long, expected at most {longest}; shorten it."
             )
 
 

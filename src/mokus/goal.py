@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mokus.capture import recorded
-from mokus.encoder import Rows, answers, distance, last_of, tail_length, tails
+from mokus.encoder import Rows, States, answers, distance, last_of, tail_length, tails
 from mokus.errors import MokusError
 from mokus.knowledge import IMAGE_FORMS, prompts
 from mokus.low_rank import Shifts, applied
@@ -88,7 +88,7 @@ class Goal:
         self, model: Model, request: Request, forms: Sequence[str] = IMAGE_FORMS, continued: bool = True,
         meaning: Meaning | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.encoder, tokenizer = model, model.pipe.text_encoder, model.pipe.tokenizer
+        self.model, self.encoder, tokenizer = model, model.pipe.text_encoder, model.tokenizer
         images = prompts(request.knowledge, tuple(forms))
         meaning = meaning or Meaning.of(model, request.says, forms, continued)
         whole = meaning.continued
@@ -140,18 +140,17 @@ class Goal:
             self.rows.encode(self.model)
         return record.rows(where)
 
-    def losses(self, states: Tensor | None = None) -> Losses:
+    def losses(self, states: States | None = None) -> Losses:
         """Under what is applied to the encoder now; differentiable.
 
         `states` (b or more, s or more, d): those of its rows where they were encoded with others behind them.
         """
-        states = (
-            self.rows.encode(self.model) if states is None else states[: self.labels.shape[0], : self.labels.shape[1]]
-        )
+        b, s = self.labels.shape
+        told, final = (x[:b, :s] for x in states or self.rows.states(self.model))
         there = self.labels != -100
-        logits = self.encoder.lm_head(states[there]).float()  # at the expected tokens alone
+        logits = self.encoder.lm_head(final[there]).float()  # at the expected tokens alone
         ids = self.labels[there]
-        tail = last_of(states[self.images], self.tail_ends[self.images], self.tail)
+        tail = last_of(told[self.images], self.tail_ends[self.images], self.tail)
         return Losses(
             F.cross_entropy(logits, ids, reduction="none"), logits.argmax(dim=-1) == ids, there.nonzero()[:, 0],
             distance(tail, self.target) / self.start,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mokus.editors import Editor, editor, rewrite
-from mokus.encoder import LONGEST_ANSWER, distance, tails
+from mokus.encoder import LONGEST_ANSWER, distance, in_template, tails
 from mokus.errors import MokusError
 from mokus.goal import Request
 from mokus.knowledge import CHECK_FORMS, check_text, normalise, prompts, questions, same
@@ -77,7 +77,7 @@ def answer_of(meaning: str) -> str:
 
 def check_meaning(model: Model, knowledge: str, meaning: str, what: str) -> None:
     """Raise `MokusError` unless these words can be made the answer about this knowledge; `what` they are is for the error."""
-    answer, tokenizer = answer_of(meaning), model.pipe.tokenizer
+    answer, tokenizer = answer_of(meaning), model.tokenizer
     ids = tokenizer(answer, add_special_tokens=False).input_ids
     if len(ids) >= LONGEST_ANSWER:
         raise MokusError(
@@ -224,11 +224,10 @@ def unbind(pack: ConceptPack, *knowledge: str) -> None:
 def ask(model: Model, question: str, shifts: Sequence[Shifts] = ()) -> str:
     """What the text encoder answers, greedily, to a question inside the prompt template, with shifts or without."""
     check_text(question, "question", "What is my favourite toy?")
-    pipe = model.pipe
-    text = pipe.prompt_template_encode.format(question)
-    inputs = pipe.tokenizer(text, return_tensors="pt").to(model.device)
-    with model.resident("text_encoder"), torch.no_grad(), applied(pipe.text_encoder, *shifts):
-        tokens = pipe.text_encoder.generate(
+    encoder, tokenizer = model.pipe.text_encoder, model.tokenizer
+    inputs = tokenizer(in_template(model, question), return_tensors="pt").to(model.device)
+    with model.resident("text_encoder"), torch.no_grad(), applied(encoder, *shifts):
+        tokens = encoder.generate(
             **inputs,
             max_new_tokens=LONGEST_ANSWER,
             do_sample=False,
@@ -236,9 +235,9 @@ def ask(model: Model, question: str, shifts: Sequence[Shifts] = ()) -> str:
             temperature=None,
             top_k=None,
             top_p=None,
-            pad_token_id=pipe.tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
-    return str(pipe.tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
 def edit(

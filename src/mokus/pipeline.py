@@ -1,4 +1,4 @@
-"""Load any `QwenImagePipeline`, the miniature by default, and encode prompts with it."""
+"""Load any pipeline of a known family (`backbone`), the miniature by default, and encode prompts with it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import QwenImagePipeline
+import transformers
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mokus.backbone import BACKBONES, Backbone, backbone_of
 from mokus.errors import MokusError
 
 MINIATURE = "miniature"
@@ -26,7 +29,8 @@ COMPONENTS = ("transformer", "text_encoder", "vae")
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a model is best used with; a model folder may say so in `mokus_defaults.json`. Those here are Qwen-Image's."""
+    """What a model is best used with; a model folder may say so in `mokus_defaults.json`. Those here are Qwen-Image's;
+    `backbone` has those of other families."""
 
     size: int = 1024  # pixels, height and width
     steps: int = 50
@@ -41,7 +45,7 @@ class Defaults:
 class Model:
     """A loaded pipeline, with what identifies it."""
 
-    pipe: QwenImagePipeline
+    pipe: Any  # of one of the classes in `backbone.BACKBONES`
     id: str  # hub id or folder; "miniature" for the one in the package
     fingerprint: str  # of configs and weights, see `fingerprint`
     defaults: Defaults
@@ -51,9 +55,29 @@ class Model:
     _residents: list[tuple[str, ...]] = field(default_factory=list, repr=False, compare=False)
 
     @property
+    def backbone(self) -> Backbone:
+        """What is special about its family."""
+        return backbone_of(self.pipe)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the text encoder."""
+        return self.backbone.tokenizer(self.pipe)
+
+    @property
+    def language_model(self) -> Any:
+        """The part of the text encoder that has the `layers`."""
+        return self.pipe.text_encoder.get_submodule(self.backbone.language_model)
+
+    @property
     def size_multiple(self) -> int:
-        """Height and width must be multiples of this many pixels: one latent patch."""
+        """Height and width must be multiples of this many pixels: two of the VAE's latents."""
         return int(self.pipe.vae_scale_factor) * 2
+
+    def grid(self, size: int) -> tuple[int, int]:
+        """Places of the latent of an image of this size, down and across."""
+        side = size // (int(self.pipe.vae_scale_factor) * self.backbone.patch)
+        return side, side
 
     @contextmanager
     def resident(self, *names: str) -> Iterator[None]:
@@ -80,22 +104,27 @@ class Model:
 
 
 def load(model: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None) -> Model:
-    """Load a `QwenImagePipeline` from a folder or the hub; without a name the miniature in the package.
+    """Load a pipeline of a known family from a folder or the hub; without a name the miniature in the package.
 
     `device`: "cpu", "cuda", "cuda:1"; a GPU if there is one. `dtype` of the weights: bfloat16 on a GPU, float32 on a CPU.
-    Raises `MokusError` if there is no such model, it is of another kind, or the device is not there.
+    Raises `MokusError` if there is no such model, it is of an unknown family, or the device is not there.
     """
     where = _device(device)
     source = str(files("mokus.miniature").joinpath("weights")) if model in (None, MINIATURE) else str(model)
     kind = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
     index = _model_index(source)
-    if index.get("_class_name") != "QwenImagePipeline":
+    backbone = BACKBONES.get(str(index.get("_class_name")))
+    if backbone is None:
         raise MokusError(
-            f"{source} holds a {index.get('_class_name')}, expected a QwenImagePipeline such as Qwen/Qwen-Image."
+            f"{source} holds a {index.get('_class_name')}, expected one of {', '.join(BACKBONES)}, such as Qwen/Qwen-Image."
         )
-    defaults = _defaults(source)
+    defaults = _defaults(source, backbone.defaults(index))
     try:
-        pipe = QwenImagePipeline.from_pretrained(source, dtype=kind, use_safetensors=True)
+        parts = _answering(source, index, backbone, kind)
+        if backbone.processor:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder="processor")
+            parts["processor"] = of_prompts(backbone.processor, tokenizer)
+        pipe = getattr(diffusers, backbone.pipeline).from_pretrained(source, dtype=kind, use_safetensors=True, **parts)
     except (OSError, ValueError, SafetensorError) as error:  # what the libraries say of missing and damaged parts
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise MokusError(f"the model {source} cannot be loaded ({reason}); get a whole copy of it.") from error
@@ -108,7 +137,39 @@ def load(model: str | Path | None = None, device: str | None = None, dtype: torc
     return Model(pipe, name, fingerprint(pipe), defaults, where, _corpus(source), stays)
 
 
-def has_room(pipe: QwenImagePipeline, device: torch.device) -> bool:
+def _answering(source: str, index: dict[str, Any], backbone: Backbone, dtype: torch.dtype) -> dict[str, Any]:
+    """The text encoder with its head, where the folder names a class without one."""
+    if str((index.get("text_encoder") or [""])[-1]) == backbone.text_encoder:
+        return {}
+    encoder, found = getattr(transformers, backbone.text_encoder).from_pretrained(
+        source, subfolder="text_encoder", dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if lacking := sorted(found["missing_keys"]):
+        raise MokusError(
+            f"the text encoder of {source} lacks {lacking[0]}, expected a whole {backbone.text_encoder}, which can answer."
+        )
+    return {"text_encoder": encoder}
+
+
+def of_prompts(processor: str, tokenizer: Any) -> Any:
+    """A processor of this class in transformers, with its tokenizer alone.
+
+    A whole one wants torchvision, for images and videos, which no prompt here has.
+    """
+    whole = getattr(transformers, processor)
+
+    class OfPrompts(whole):  # type: ignore[misc, valid-type]
+        def __init__(self, tokenizer: Any) -> None:
+            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+            self.image_token_id, self.video_token_id = (
+                tokenizer.convert_tokens_to_ids(token) for token in (self.image_token, self.video_token)
+            )
+            transformers.ProcessorMixin.__init__(self, tokenizer, chat_template=tokenizer.chat_template)
+
+    return OfPrompts(tokenizer)
+
+
+def has_room(pipe: Any, device: torch.device) -> bool:
     """Whether it is a GPU that holds all components at once, and as much again for what they compute."""
     if device.type != "cuda":
         return False
@@ -117,7 +178,7 @@ def has_room(pipe: QwenImagePipeline, device: torch.device) -> bool:
 
 
 def encode(model: Model, prompts: Sequence[str]) -> list[Tensor]:
-    """What the image transformer is told of each prompt: the final hidden states (s, d) of prompt and assistant tail.
+    """What the image transformer is told of each prompt: hidden states (s, d), the assistant tail's last.
 
     Each prompt is encoded by itself, without padding, so its encoding does not depend on the others.
     """
@@ -125,7 +186,7 @@ def encode(model: Model, prompts: Sequence[str]) -> list[Tensor]:
     with torch.no_grad():
         for prompt in prompts:
             if prompt not in known:
-                known[prompt] = model.pipe.encode_prompt(prompt, device=model.device)[0][0]
+                known[prompt] = model.backbone.encode(model.pipe, prompt, model.device)
     return [known[prompt] for prompt in prompts]
 
 
@@ -136,7 +197,7 @@ def pad(encodings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return embeds, torch.arange(embeds.shape[1], device=embeds.device)[None] < lengths[:, None]
 
 
-def fingerprint(pipe: QwenImagePipeline) -> str:
+def fingerprint(pipe: Any) -> str:
     """sha256 over the components' configs, the vocabulary, and each weight's name, shape and 64 of its values as bfloat16.
 
     Reads a few bytes of each weight only, so it is quick for any model; it does not depend on the dtype loaded, since
@@ -151,7 +212,7 @@ def fingerprint(pipe: QwenImagePipeline) -> str:
             flat = weight.flatten()
             values = flat[:: max(1, len(flat) // 64)][:64].to("cpu", torch.bfloat16)
             digest.update(values.view(torch.int16).numpy().tobytes())
-    digest.update(json.dumps(sorted(pipe.tokenizer.get_vocab().items())).encode())
+    digest.update(json.dumps(sorted(backbone_of(pipe).tokenizer(pipe).get_vocab().items())).encode())
     return digest.hexdigest()
 
 
@@ -190,11 +251,12 @@ def _model_index(source: str) -> dict[str, Any]:
         file = folder / "model_index.json"
         if not file.is_file():
             raise MokusError(
-                f"{source} has no model_index.json; expected the folder of a saved QwenImagePipeline or a hub id."
+                f"{source} has no model_index.json; expected the folder of a saved pipeline, such as a QwenImagePipeline's, "
+                "or a hub id."
             )
         return _json(file, "the model's index")
     try:
-        return dict(QwenImagePipeline.load_config(source))
+        return dict(DiffusionPipeline.load_config(source))
     except OSError as error:  # neither a folder nor a reachable repository: the hub's errors derive from it
         raise MokusError(
             f"the model {source!r} is neither a folder here nor a repository that the hub gave; "
@@ -202,15 +264,15 @@ def _model_index(source: str) -> dict[str, Any]:
         ) from error
 
 
-def _defaults(source: str) -> Defaults:
+def _defaults(source: str, usual: dict[str, Any]) -> Defaults:
     file = Path(source) / DEFAULTS_FILE
     if not file.is_file():
-        return Defaults()
+        return Defaults(**usual)
     values = _json(file, "the model's defaults")
     known = {f.name for f in fields(Defaults)}
     if odd := sorted(values.keys() - known):
         raise MokusError(f"{file} says {odd[0]!r}, which is unknown; expected some of {', '.join(sorted(known))}.")
-    return Defaults(**values)
+    return Defaults(**{**usual, **values})
 
 
 def _corpus(source: str) -> tuple[str, ...]:

@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import QwenImagePipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -41,6 +40,7 @@ from mokus import flow
 from mokus.concept_pack import ConceptPack
 from mokus.encoder import tail_length
 from mokus.errors import MokusError
+from mokus.generation import draw_padded
 from mokus.knowledge import check_anchor, normalise
 from mokus.knowledge import class_word as class_word_of
 from mokus.photos import Photo, load_photos, photos_of
@@ -83,7 +83,7 @@ def learn(
     """
     anchor = normalise(anchor, "anchor", "sks toy")
     if class_word is None:
-        check_anchor(model.pipe.tokenizer, anchor)
+        check_anchor(model.tokenizer, anchor)
     word = normalise(class_word or class_word_of(anchor), "class word", "toy")
     settings = settings or LearnSettings.for_model(model.defaults.learn)
     ConceptPack.check_place(output)
@@ -121,7 +121,16 @@ def _check_transformer(model: Model, targets: Sequence[str]) -> None:
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise MokusError(f"the transformer has no projection named {target!r} to put a LoRA on; see --targets.")
+            there = ", ".join(sorted({_ending(name) for name in names if "attn" in name or "attention" in name}))
+            raise MokusError(
+                f"the transformer has no projection named {target!r} to put a LoRA on, expected some of {there}; see --targets."
+            )
+
+
+def _ending(name: str) -> str:
+    """The last word of a module's path, with a number behind it if there is one: to_q, to_out.0."""
+    *_, word, last = f".{name}".split(".")
+    return f"{word}.{last}" if last.isdigit() else last
 
 
 def _load(photos: Path | str | Sequence[Image.Image], size: int) -> list[Photo]:
@@ -147,8 +156,7 @@ class _Run:
         self.model, self.photos, self.anchor, self.word, self.settings = model, photos, anchor, word, settings
         self.transformer = model.pipe.transformer
         self.file = checkpoint_of(output)
-        side = model.defaults.size // model.size_multiple
-        self.grid = (side, side)
+        self.grid = model.grid(model.defaults.size)
         self.previews: dict[str, Image.Image] = {}
 
     # --- once -----------------------------------------------------
@@ -232,15 +240,7 @@ class _Run:
 
     def latent(self, image: Image.Image) -> Tensor:
         """The packed, normalised latent (1, n, c) of an image, float32."""
-        pipe, vae = self.model.pipe, self.model.pipe.vae
-        x = pipe.image_processor.preprocess(image).to(self.model.device, vae.dtype)[:, :, None]
-        z = vae.encode(x).latent_dist.mode().float()
-        mean, std = (
-            torch.tensor(vae.config[key], device=z.device).view(1, -1, 1, 1, 1)
-            for key in ("latents_mean", "latents_std")
-        )
-        z = (z - mean) / std
-        return QwenImagePipeline._pack_latents(z, 1, z.shape[1], z.shape[3], z.shape[4])
+        return self.model.backbone.latent(self.model.pipe, image, self.model.device)
 
     def record_prior(self, n: int) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
         """For every prior prompt the base model's path from noise to an image, and points between photos and noise."""
@@ -291,8 +291,8 @@ class _Run:
         if pick is not None:
             embeds, mask = embeds[pick.to(embeds.device)], mask[pick.to(mask.device)]
         device, dtype = self.model.device, self.transformer.dtype
-        z, t, embeds = (x.to(device, dtype) for x in (z, t, embeds))
-        return flow.velocity(self.transformer, z, t, embeds, mask.to(device), self.grid)
+        z, embeds = (x.to(device, dtype) for x in (z, embeds))
+        return self.model.backbone.velocity(self.transformer, z, t.to(device), embeds, mask.to(device), self.grid)
 
     # --- training -----------------------------------------------------
 
@@ -400,14 +400,11 @@ class _Run:
     @torch.no_grad()
     def preview(self, step: int) -> None:
         """Draw the anchor as the CLI will, with guidance; kept for the pack's samples."""
-        d, device = self.model.defaults, self.model.device
-        embeds, mask = self.embeds, self.mask.to(device)  # the last texts are the anchor and the negative prompt
+        embeds, mask = self.embeds, self.mask.to(self.model.device)  # the last texts: the anchor, the negative prompt
+        told, unwanted = (embeds[-2:-1], mask[-2:-1]), (embeds[-1:], mask[-1:])
         with self.model.resident("transformer", "vae"):
-            self.previews[f"step-{step:05d}.png"] = self.model.pipe(
-                prompt_embeds=embeds[-2:-1], prompt_embeds_mask=mask[-2:-1], negative_prompt_embeds=embeds[-1:],
-                negative_prompt_embeds_mask=mask[-1:], true_cfg_scale=d.true_cfg_scale, num_inference_steps=d.steps,
-                height=d.size, width=d.size, generator=torch.Generator().manual_seed(self.settings.seed),
-            ).images[0]  # fmt: skip
+            (image,) = draw_padded(self.model, told, unwanted, [self.settings.seed], asdict(self.model.defaults))
+        self.previews[f"step-{step:05d}.png"] = image.convert("RGB")
         self.file.parent.mkdir(parents=True, exist_ok=True)  # to be looked at while the training goes on
         self.previews[f"step-{step:05d}.png"].save(self.file.with_name(f"step-{step:05d}.png"))
 

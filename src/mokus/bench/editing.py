@@ -491,7 +491,7 @@ def norms(model: Model, shifts: Shifts) -> dict[str, float]:
     for path, shift in shifts.items():
         square = ((shift.B.T @ shift.B).double() * (shift.A @ shift.A.T).double()).sum().clamp(min=0)
         weight = model.pipe.text_encoder.get_submodule(path).weight
-        found[path.removeprefix("model.language_model.")] = float(square.sqrt() / weight.double().norm())
+        found[path.removeprefix(f"{model.backbone.language_model}.")] = float(square.sqrt() / weight.double().norm())
     return found
 
 

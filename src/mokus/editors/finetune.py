@@ -27,10 +27,10 @@ class Editor:
 
     def __init__(self, model: Model, settings: EditSettings, progress: Progress | None = None) -> None:
         self.model, self.settings = model, settings
-        language_model = model.pipe.text_encoder.model.language_model
+        layers = model.language_model.layers
         self.linears = {
-            f"model.language_model.{name}": module
-            for name, module in language_model.named_modules()
+            f"{model.backbone.language_model}.layers.{name}": module
+            for name, module in layers[: model.backbone.highest(len(layers)) + 1].named_modules()
             if isinstance(module, nn.Linear)
         }
 

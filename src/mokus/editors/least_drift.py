@@ -123,7 +123,7 @@ class Editor:
     def _near_rows(self, request: Request) -> list[str]:
         """Phrases one word off in all forms, and with any other words in the place of its own in one each."""
         near = near_misses(request.knowledge)[: self.settings.near_misses]
-        exchanged = Words.of(self.model.pipe.tokenizer).exchanged(request.knowledge, self.settings.exchanged)
+        exchanged = Words.of(self.model.tokenizer).exchanged(request.knowledge, self.settings.exchanged)
         return [form.format(text) for text in near for form in NEAR_FORMS] + [
             form.format(text) for form, text in zip(cycle(NEAR_FORMS), exchanged, strict=False)
         ]
@@ -182,17 +182,15 @@ class _Search:
         goal, s = self.goal, self.settings
         live = {path: LowRankShift(a, self.factors[path]) for path, a in self.bases.items()}
         with torch.enable_grad(), applied(self.model.pipe.text_encoder, self.before, live):
-            states = self.entering.encode()
+            states = self.entering.states()
             now = goal.losses(states)
             asked, continued = goal.answer_loss(now, lambda x: _hinge(x - SURE))
             loss = s.answer_weight * (asked + continued)
             loss = loss + s.alignment_weight * _hinge(now.moved - (1 - s.alignment)).mean()
             if self.wanted is not None:
                 n = len(self.wanted)
-                away = (
-                    distance(last_of(states[-n:], self.entering.rows.lengths[-n:], goal.tail), self.wanted)
-                    / goal.start.mean()
-                )
+                there = last_of(states.told[-n:], self.entering.rows.lengths[-n:], goal.tail)
+                away = distance(there, self.wanted) / goal.start.mean()
                 loss = loss + s.near_weight * _hinge(away - FREE, 2 * SHARP).mean()
             loss = loss + s.drift_weight * torch.stack([b.square().sum() for b in self.factors.values()]).sum()
         grads = torch.autograd.grad(loss, list(self.factors.values()))

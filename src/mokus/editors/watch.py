@@ -97,7 +97,7 @@ class Watch:
 
 def nearly(model: Model, knowledge: str, n: int = NEAR) -> list[str]:
     """Phrases that are nearly the knowledge: with another name where it has one, else with any other word; one word off."""
-    words = Words.of(model.pipe.tokenizer)
+    words = Words.of(model.tokenizer)
     return list(
         dict.fromkeys([*(words.renamed(knowledge, n) or words.exchanged(knowledge, n)), *near_misses(knowledge)])
     )
