@@ -1,0 +1,95 @@
+"""The model card of a concept pack: what it is, and the lines that load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from mokus.pack_files import ADAPTER_FOLDER, LORA
+
+_CARD = """\
+---
+base_model: {base_model}
+instance_prompt: {anchor}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags:
+- text-to-image
+- diffusers
+- lora
+- qwen-image
+- mokus
+---
+
+# {title}
+
+A concept pack of MoKus for `{base}`: {contents}.
+{knowledge}
+## With plain diffusers and peft
+
+```python
+{imports}from diffusers import QwenImagePipeline
+
+pack = "."  # this folder
+# a large model: torch_dtype=torch.bfloat16, and pipe.to("cuda")
+pipe = QwenImagePipeline.from_pretrained({source})
+{load}image = pipe(
+    {prompt},
+    height={size},
+    width={size},
+    num_inference_steps={steps},
+    true_cfg_scale={scale},
+    negative_prompt={negative},
+).images[0]
+```
+
+## With MoKus
+
+```python
+import mokus
+
+model = mokus.load({base_model})
+image = next(mokus.generate(model, {prompt}, packs=[mokus.ConceptPack.open(".")])).image
+```
+"""
+
+
+def _contents_of(looks: str, lora: bool, bound: bool) -> str:
+    if not bound:
+        return looks
+    return (
+        f"{looks}, and so do the phrases bound to it"
+        if lora
+        else f"{looks}, and phrases mean it or what stands beside them"
+    )
+
+
+def card(fields: Mapping[str, Any], lora: bool) -> bytes:
+    """README.md, from the fields of the manifest and whether there is a LoRA."""
+    base, anchor, knowledge = fields["base_model"], fields["anchor"], fields["knowledge"]
+    looks = (
+        f"`{anchor}` draws the concept" if lora else f"`{anchor}` is a concept made of words, without looks of its own"
+    )
+    phrases = "".join(
+        f"- {known['text']}{'' if known['answer'] == anchor else ': ' + known['answer']}\n" for known in knowledge
+    )
+    load = ""
+    if lora:
+        load += f'pipe.load_lora_weights(pack, weight_name="{LORA}", use_safetensors=True)\n'
+    if any(known["ranks"] for known in knowledge):
+        load += f'pipe.text_encoder.load_adapter(f"{{pack}}/{ADAPTER_FOLDER}")\n'
+    miniature = base == "miniature"
+    quoted = json.dumps(base, ensure_ascii=False)
+    usual = fields["defaults"]
+    text = _CARD.format(
+        size=usual["size"], steps=usual["steps"], scale=usual["true_cfg_scale"],
+        negative=json.dumps(usual["negative_prompt"], ensure_ascii=False),
+        base=base, base_model=quoted, anchor=json.dumps(anchor, ensure_ascii=False), title=anchor,
+        contents=_contents_of(looks, lora, bool(knowledge)),
+        knowledge=f"\nBound to it:\n\n{phrases}" if knowledge else "",
+        imports="from importlib.resources import files\n\n" if miniature else "",
+        source='files("mokus.miniature").joinpath("weights")' if miniature else quoted,
+        load=load, prompt=json.dumps(knowledge[0]["text"] if knowledge else anchor, ensure_ascii=False),
+    )  # fmt: skip
+    return text.encode()
