@@ -292,6 +292,11 @@ class ConceptPack:
         """sha256 of mokus.json, and so of everything in the pack."""
         return self._contents.digest
 
+    @property
+    def files(self) -> list[str]:
+        """Paths of all files in the pack but mokus.json, which lists them."""
+        return sorted(self._manifest.files)
+
     def lora(self) -> dict[str, Tensor]:
         """The LoRA of the image transformer, keys and tensors as in its file."""
         return dict(self._contents.lora)
@@ -327,6 +332,25 @@ class ConceptPack:
             _write(self._place, fields, files)
             self.reload()
 
+    def copy(self, path: str | Path, *, base_model: str | None = None) -> ConceptPack:
+        """The same pack at another place, in which nothing may be, with its card written anew; for a model of that name.
+
+        Byte for byte what this version writes. Raises `MokusError` if `path` is taken, or the pack was changed since it
+        was read.
+        """
+        place = Path(path).resolve()
+        if place.exists():
+            raise MokusError(f"{path} exists already; name a new folder for the copy of {self.path}.")
+        fields = self._manifest.model_dump(exclude={"files"})
+        names = [name for name in self._manifest.files if name != README]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with self.locked(), locked_place(place):
+            if _load(self._place).digest != self.digest:
+                raise MokusError(f"{self.path} was changed by another process since it was read; try again.")
+            files = {name: self._place / name for name in names}
+            _write(place, {**fields, "base_model": base_model or self.base_model}, files)
+        return ConceptPack.open(path)
+
     def check_base(self, model: Model) -> None:
         """Raise `MokusError` unless the pack was made for this model and fits it."""
         if self.fingerprint != model.fingerprint:
@@ -350,6 +374,11 @@ class ConceptPack:
 
     def __repr__(self) -> str:
         return f"ConceptPack({str(self.path)!r}, anchor={self.anchor!r}, knowledge={[k.text for k in self.knowledge]})"
+
+
+def listed_files(manifest: bytes, complaint: str) -> list[str]:
+    """The paths that a mokus.json lists, each one that a pack may have. Raises `MokusError`, beginning with `complaint`."""
+    return sorted(_parse(manifest, complaint).files)
 
 
 def _knowledge(
@@ -470,7 +499,8 @@ def _parse(text: bytes, complaint: str) -> _Manifest:
 
 def _write(place: Path, fields: Mapping[str, Any], files: Mapping[str, bytes | Path]) -> None:
     """Put a pack into its place, whole: bytes, or files to copy, and the manifest and the card made from the fields."""
-    contents = {**files, README: card(fields, LORA in files)}
+    samples = [name for name in files if name.startswith("samples/")]
+    contents = {**files, README: card(fields, LORA in files, samples)}
     shas = {n: sha256_of_file(c) if isinstance(c, Path) else hashlib.sha256(c).hexdigest() for n, c in contents.items()}
     manifest = as_json({**fields, "files": shas})
     _parse(manifest, f"{place} cannot be written")  # what would not be read

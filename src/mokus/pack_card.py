@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mokus.pack_files import ADAPTER_FOLDER, LORA
 
 _CARD = """\
 ---
-base_model: {base_model}
-instance_prompt: {anchor}
+{base_of}instance_prompt: {anchor}
 library_name: diffusers
 pipeline_tag: text-to-image
 tags:
@@ -20,7 +19,7 @@ tags:
 - lora
 - qwen-image
 - mokus
----
+{gallery}---
 
 # {title}
 
@@ -65,8 +64,8 @@ def _contents_of(looks: str, lora: bool, bound: bool) -> str:
     )
 
 
-def card(fields: Mapping[str, Any], lora: bool) -> bytes:
-    """README.md, from the fields of the manifest and whether there is a LoRA."""
+def card(fields: Mapping[str, Any], lora: bool, samples: Sequence[str] = ()) -> bytes:
+    """README.md, from the fields of the manifest, whether there is a LoRA, and the paths of previews of the anchor."""
     base, anchor, knowledge = fields["base_model"], fields["anchor"], fields["knowledge"]
     looks = (
         f"`{anchor}` draws the concept" if lora else f"`{anchor}` is a concept made of words, without looks of its own"
@@ -82,10 +81,13 @@ def card(fields: Mapping[str, Any], lora: bool) -> bytes:
     miniature = base == "miniature"
     quoted = json.dumps(base, ensure_ascii=False)
     usual = fields["defaults"]
+    prompt = json.dumps(anchor, ensure_ascii=False)
+    shown = "".join(f"- text: {prompt}\n  output:\n    url: {sample}\n" for sample in sorted(samples))
     text = _CARD.format(
         size=usual["size"], steps=usual["steps"], scale=usual["true_cfg_scale"],
         negative=json.dumps(usual["negative_prompt"], ensure_ascii=False),
-        base=base, base_model=quoted, anchor=json.dumps(anchor, ensure_ascii=False), title=anchor,
+        base=base, base_model=quoted, anchor=prompt, title=anchor, gallery=f"widget:\n{shown}" if shown else "",
+        base_of="" if miniature else f"base_model: {quoted}\nbase_model_relation: adapter\n",  # the hub has no miniature
         contents=_contents_of(looks, lora, bool(knowledge)),
         knowledge=f"\nBound to it:\n\n{phrases}" if knowledge else "",
         imports="from importlib.resources import files\n\n" if miniature else "",
