@@ -24,7 +24,7 @@ from mokus.concept_pack import LORA, MANIFEST, README, ConceptPack
 from mokus.errors import MokusError
 from mokus.export import TARGETS, Exported, export
 from mokus.generation import generate
-from mokus.low_rank import LowRankShift
+from mokus.low_rank import LowRankShift, applied
 from mokus.pipeline import Model
 
 from .conftest import SIZE, STEPS, PackFactory, known, random_shifts
@@ -85,14 +85,34 @@ def agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def test_diffusers_and_peft_draw_the_same_pixels(
-    exported: dict[str, Exported], pico_folder: Path, ours: np.ndarray
+    exported: dict[str, Exported], pico_folder: Path, ours: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the lines of its README, and with the encoder's adapter loaded by transformers instead."""
     folder, pipe = exported["diffusers"].path, plain(pico_folder)
     before = drawn(pipe)
     pipe.load_lora_weights(str(folder), weight_name=LORA, use_safetensors=True)
     pipe.text_encoder.load_adapter(str(folder / "text_encoder"))
     assert np.array_equal(drawn(pipe), ours) and not np.array_equal(before, ours)
     assert exported["diffusers"].notes == []
+
+    monkeypatch.chdir(folder.parent)
+    code = re.findall(r"```python\n(.*?)```", (folder / README).read_text(encoding="utf-8"), re.DOTALL)[0]
+    lines: dict[str, Any] = {}
+    exec(code.partition("image = ")[0], lines)
+    assert np.array_equal(drawn(lines["pipe"]), ours)
+
+
+def test_in_bfloat16_too_peft_keeps_the_knowledge_to_the_bit(
+    exported: dict[str, Exported], pico_folder: Path, pack: ConceptPack
+) -> None:
+    model = pipeline.load(pico_folder, device="cpu", dtype=torch.bfloat16)
+    with applied(model.pipe.text_encoder, pack.shifts()):
+        ours = pipeline.encode(model, [PROMPT])[0]
+    pipe = QwenImagePipeline.from_pretrained(pico_folder, dtype=torch.bfloat16)
+    pipe.text_encoder = PeftModel.from_pretrained(pipe.text_encoder, exported["diffusers"].path / "text_encoder")
+    assert torch.equal(pipe.encode_prompt(PROMPT)[0][0], ours)
+    with pipe.text_encoder.disable_adapter():
+        assert torch.equal(pipe.encode_prompt(PROMPT)[0][0], pipeline.encode(model, [PROMPT])[0])
 
 
 def test_peft_changes_the_named_modules_of_the_encoder_alone(

@@ -22,8 +22,8 @@ musubi-tuner loads `{file}` with `--lora_weight {file}` (`--lora_multiplier 1.0`
 _DIFFUSERS = """\
 ```python
 {imports}from diffusers import QwenImagePipeline
-
-pipe = QwenImagePipeline.from_pretrained({source})  # a large model: torch_dtype=torch.bfloat16, and pipe.to("cuda")
+{peft}
+pipe = QwenImagePipeline.from_pretrained({source})  # a large model: dtype=torch.bfloat16, and pipe.to("cuda")
 {load}image = pipe({prompt}).images[0]
 ```
 """
@@ -33,7 +33,7 @@ A whole `QwenImagePipeline`; the concept cannot be taken out again.
 ```python
 from diffusers import QwenImagePipeline
 
-pipe = QwenImagePipeline.from_pretrained("{folder}")  # a large model: torch_dtype=torch.bfloat16, and pipe.to("cuda")
+pipe = QwenImagePipeline.from_pretrained("{folder}")  # a large model: dtype=torch.bfloat16, and pipe.to("cuda")
 image = pipe({prompt}).images[0]
 ```
 """
@@ -48,9 +48,11 @@ def readme(target: str, pack: ConceptPack, folder: str, files: Sequence[str], no
     if LORA in files:
         load += f'pipe.load_lora_weights("{folder}", weight_name="{LORA}", use_safetensors=True)\n'
     if ADAPTER in files:
-        load += f'pipe.text_encoder.load_adapter("{folder}/{ADAPTER_FOLDER}")\n'
+        # which keeps the factors in float32 beside a bfloat16 model; `load_adapter` of transformers rounds them
+        load += f'pipe.text_encoder = PeftModel.from_pretrained(pipe.text_encoder, "{folder}/{ADAPTER_FOLDER}")\n'
     how = {"comfyui": _COMFYUI, "kohya": _KOHYA, "diffusers": _DIFFUSERS, "merged": _MERGED}[target].format(
         file=files[0] if files else "", folder=folder, prompt=prompt, load=load,
+        peft="from peft import PeftModel\n" if ADAPTER in files else "",
         imports="from importlib.resources import files\n\n" if miniature else "",
         source='files("mokus.miniature").joinpath("weights")' if miniature else json.dumps(pack.base_model),
     )  # fmt: skip
