@@ -335,6 +335,7 @@ def test_bad_input_is_one_sentence(
         ((pack.path, "--to", "automatic", "-o", free), "comfyui, diffusers, kohya, merged"),
         ((pack.path, "--to", "comfyui", "-o", tmp_path / "taken"), "exists already"),
         ((pack.path, "--to", "comfyui", "-o", tmp_path / "taken" / "diary.txt"), "exists already"),
+        ((pack.path, "--to", "comfyui", "-o", "."), "exists already"),
         ((pack.path, "--to", "comfyui", "-o", free, "--dtype", "float32"), "--to merged"),
         ((pack.path, "--to", "merged", "-o", free, "--dtype", "int4"), "bfloat16, float16, float32"),
         ((foreign, "--to", "merged", "-o", free, "--model", pico_folder), "was made for"),

@@ -105,7 +105,7 @@ def output_of(pack: ConceptPack, to: str, output: str | Path | None) -> Path:
 
 def check_place(place: Path) -> None:
     """Raise `MokusError` if something is there already."""
-    if place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
+    if not place.name or place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
         raise MokusError(f"{place} exists already; name a new folder for the export with -o.")
 
 
