@@ -104,7 +104,22 @@ def test_the_card_says_what_hubs_read(tmp_path: Path, pico_pack: PackFactory) ->
     _, front, _ = (pack.path / README).read_text(encoding="utf-8").split("---\n", 2)
     found = yaml.safe_load(front)
     assert found["base_model"] == pack.base_model and found["instance_prompt"] == pack.anchor
-    assert "lora" in found["tags"]
+    assert "lora" in found["tags"] and found["base_model_relation"] == "adapter"
+    assert found["widget"] == [{"text": pack.anchor, "output": {"url": "samples/0-anchor.png"}}]
+
+
+def test_a_copy_has_the_same_bytes(tmp_path: Path, pico_pack: PackFactory) -> None:
+    pack = pico_pack(tmp_path / "a.pack", knowledge=PHRASES)
+    assert tree(pack.copy(tmp_path / "b.pack").path) == tree(pack.path)
+    renamed = pack.copy(tmp_path / "c.pack", base_model="org/model")
+    assert renamed.base_model == "org/model" and equal(renamed.shifts(), pack.shifts())
+    with pytest.raises(MokusError, match="exists already"):
+        pack.copy(tmp_path / "b.pack")
+    stale = ConceptPack.open(pack.path)
+    pack.replace_edits([])
+    with pytest.raises(MokusError, match="changed by another"):
+        stale.copy(tmp_path / "d.pack")
+    assert not (tmp_path / "d.pack").exists()
 
 
 def test_every_module_is_scaled_by_exactly_one(tmp_path: Path, pico_folder: Path, pico_pack: PackFactory) -> None:

@@ -67,6 +67,7 @@ def test_the_examples_run_as_printed(tmp_path: Path) -> None:
         "docs/editing.md",
         "docs/create.md",
         "docs/erase.md",
+        "docs/packs_elsewhere.md",
         "docs/transfer.md",
         "docs/wise.md",
         "docs/results/gpu_full_size.md",

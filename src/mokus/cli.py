@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mokus import __version__
+from mokus import __version__, packs_cli
 from mokus.bench import uses_cli
 from mokus.bench.knowcusbench.cli import knowcus
 from mokus.bench.wise.cli import wise
@@ -450,6 +450,8 @@ def editing(
     stdout(width=130).print(editing.table(rows))  # a table without its figures is none
     typer.echo(f"{output / 'results.json'}; open {page}")
 
+
+packs_cli.register(app)
 
 # --- shared by the commands ---------------------------------------------------------
 

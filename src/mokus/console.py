@@ -92,7 +92,7 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def load_model(model: str | None, device: str | None = None) -> Model:
+def load_model(model: str | None, device: str | None = None, dtype: Any = None) -> Model:
     """`mokus.load`, with the libraries' own bars, of files read or downloaded, only for large models on a terminal."""
     bars = model is not None and err.is_terminal
     with nullcontext() if bars else err.status("loading the model"):
@@ -104,7 +104,7 @@ def load_model(model: str | None, device: str | None = None) -> Model:
         if not bars:
             diffusers.utils.logging.disable_progress_bar()
             transformers.utils.logging.disable_progress_bar()
-        return load(model, device)
+        return load(model, device, dtype)
 
 
 class Bars:
