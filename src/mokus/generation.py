@@ -238,6 +238,8 @@ def _check_prompts(model: Model, prompts: list[str], negative_prompt: str) -> No
     for prompt in prompts:
         check_text(prompt, "prompt", "my favourite toy in the snow")
     check_encodable(negative_prompt, "negative prompt")
+    if negative_prompt.strip():
+        check_text(negative_prompt, "negative prompt", "blurry")
     for prompt in dict.fromkeys([*prompts, negative_prompt]):
         tokens = len(pipe.tokenizer(pipe.prompt_template_encode.format(prompt)).input_ids)
         tokens -= pipe.prompt_template_encode_start_idx

@@ -22,6 +22,7 @@ import io
 import json
 import math
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -444,7 +445,15 @@ class _Run:
         """Read the checkpoint and return its step. Raises `MokusError` if there is none or it is of another run."""
         if not self.file.is_file():
             raise MokusError(f"there is nothing to resume in {self.file.parent}; leave --resume out to begin.")
-        self.checkpoint = torch.load(self.file, map_location="cpu", weights_only=True)
+        try:
+            self.checkpoint = torch.load(self.file, map_location="cpu", weights_only=True)
+            whole = isinstance(self.checkpoint, dict) and {"identity", "step", "lora", "optimiser", "previews"} <= set(
+                self.checkpoint
+            )
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError):  # of a file torch did not write
+            whole = False
+        if not whole:
+            raise MokusError(f"{self.file} is damaged; take it away, and leave --resume out to begin anew.")
         if self.checkpoint["identity"] != self.identity:
             raise MokusError(
                 f"the stopped run in {self.file.parent} had another model, other photos, another anchor or other settings; "

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from mokus.bench.knowcusbench.run import read_json
 from mokus.concept_pack import versions
 from mokus.editors import Editor, editor
 from mokus.editors.rewrite import rewritten
@@ -119,8 +120,8 @@ def kept(folder: Path, name: str, setup: Row, made: Callable[[], Row]) -> Row:
     """A case from its file, or measured and kept there. Raises `MokusError` for a file of another setup."""
     file = folder / "cases" / f"{name.replace(':', '-')}.json"
     if file.is_file():
-        known: Row = json.loads(file.read_text(encoding="utf-8"))
-        if known.pop("setup") != json.loads(json.dumps(setup)):
+        known: Row = read_json(file)
+        if not isinstance(known, dict) or known.pop("setup", None) != json.loads(json.dumps(setup)):
             raise MokusError(f"{file} is of a run with other settings, model or versions; name another folder with -o.")
         return known
     row = json.loads(json.dumps(made()))
@@ -132,8 +133,11 @@ def write(file: Path, content: str) -> None:
     """A text file, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    beside.write_text(content, encoding="utf-8")
-    os.replace(beside, file)
+    try:
+        beside.write_text(content, encoding="utf-8")
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def save(folder: Path, results: Row, summary: str) -> None:

@@ -267,7 +267,7 @@ def read_json(file: Path) -> Any:
         return None
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MokusError(f"{file} is no JSON ({error}); take it away, and run the benchmark again.") from error
 
 
