@@ -763,13 +763,20 @@ def _contents_of(looks: str, lora: bool, bound: bool) -> str:
     )
 
 
+def _prose(text: str) -> str:
+    """A user's text in Markdown: no tags, and no end of a code span."""
+    return text.replace("<", "&lt;").replace("`", "'")
+
+
 def _card(fields: Mapping[str, Any], lora: bool) -> bytes:
     base, anchor, knowledge = fields["base_model"], fields["anchor"], fields["knowledge"]
     looks = (
-        f"`{anchor}` draws the concept" if lora else f"`{anchor}` is a concept made of words, without looks of its own"
+        f"`{_prose(anchor)}` draws the concept" if lora
+        else f"`{_prose(anchor)}` is a concept made of words, without looks of its own"
     )
     phrases = "".join(
-        f"- {known['text']}{'' if known['answer'] == anchor else ': ' + known['answer']}\n" for known in knowledge
+        f"- {_prose(known['text'])}{'' if known['answer'] == anchor else ': ' + _prose(known['answer'])}\n"
+        for known in knowledge
     )
     load = ""
     if lora:
@@ -782,7 +789,7 @@ def _card(fields: Mapping[str, Any], lora: bool) -> bytes:
     text = _CARD.format(
         size=usual["size"], steps=usual["steps"], scale=usual["true_cfg_scale"],
         negative=json.dumps(usual["negative_prompt"], ensure_ascii=False),
-        base=base, base_model=quoted, anchor=json.dumps(anchor, ensure_ascii=False), title=anchor,
+        base=base, base_model=quoted, anchor=json.dumps(anchor, ensure_ascii=False), title=_prose(anchor),
         contents=_contents_of(looks, lora, bool(knowledge)),
         knowledge=f"\nBound to it:\n\n{phrases}" if knowledge else "",
         imports="from importlib.resources import files\n\n" if miniature else "",
