@@ -771,7 +771,8 @@ def _prose(text: str) -> str:
 def _card(fields: Mapping[str, Any], lora: bool) -> bytes:
     base, anchor, knowledge = fields["base_model"], fields["anchor"], fields["knowledge"]
     looks = (
-        f"`{_prose(anchor)}` draws the concept" if lora
+        f"`{_prose(anchor)}` draws the concept"
+        if lora
         else f"`{_prose(anchor)}` is a concept made of words, without looks of its own"
     )
     phrases = "".join(

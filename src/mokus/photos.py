@@ -135,7 +135,9 @@ def _caption(path: Path | None) -> str | None:
         return None
     try:
         if path.stat().st_size > 4 * LONGEST_TEXT or not path.is_file():
-            raise MokusError(f"the caption {path} is too long or no file, expected a line of text; shorten or remove it.")
+            raise MokusError(
+                f"the caption {path} is too long or no file, expected a line of text; shorten or remove it."
+            )
         text = path.read_text(encoding="utf-8-sig").strip()
         if text:
             check_text(text, f"caption {path}", "a toy on a table")

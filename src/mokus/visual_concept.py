@@ -450,7 +450,13 @@ class _Run:
             whole = isinstance(self.checkpoint, dict) and {"identity", "step", "lora", "optimiser", "previews"} <= set(
                 self.checkpoint
             )
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError):  # of a file torch did not write
+        except (
+            pickle.UnpicklingError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            LookupError,
+        ):  # of a file torch did not write
             whole = False
         if not whole:
             raise MokusError(f"{self.file} is damaged; take it away, and leave --resume out to begin anew.")

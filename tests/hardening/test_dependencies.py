@@ -52,7 +52,9 @@ def needed() -> dict[str, str]:
 
 
 def test_every_installed_dependency_is_pinned() -> None:
-    unpinned = [f"{name}=={version}" for name, version in needed().items() if name not in PINS and name not in INSTALLERS]
+    unpinned = [
+        f"{name}=={version}" for name, version in needed().items() if name not in PINS and name not in INSTALLERS
+    ]
     assert len(needed()) > 60 and not unpinned, f"add to constraints.txt: {' '.join(sorted(unpinned))}"
     case("dependencies")
 
@@ -60,7 +62,9 @@ def test_every_installed_dependency_is_pinned() -> None:
 def test_pins_are_exact_and_of_this_project_alone() -> None:
     for name, pin in PINS.items():
         case("dependencies")
-        assert [spec.operator for spec in pin.specifier] == ["=="] and not pin.url, f"{name} is not pinned to one version"
+        assert [spec.operator for spec in pin.specifier] == ["=="] and not pin.url, (
+            f"{name} is not pinned to one version"
+        )
 
 
 def test_every_range_allows_its_pin() -> None:

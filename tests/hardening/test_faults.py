@@ -8,6 +8,7 @@ remembered, since only its writing is looked at here.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -64,7 +65,15 @@ class Disk:
         sys.addaudithook(self.heard)
 
     def heard(self, event: str, given: tuple[Any, ...]) -> None:
-        if self._inside or event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link"):
+        if self._inside or event not in (
+            "open",
+            "os.rename",
+            "os.remove",
+            "os.rmdir",
+            "os.mkdir",
+            "os.truncate",
+            "os.link",
+        ):
             return
         if event == "open":
             path, _, flags = given
@@ -82,13 +91,15 @@ class Disk:
         if self.at is None or self.calls <= self.at:
             return
         if self.way == "killed in the middle" and event in ("fsync", "os.rename"):
-            try:
+            with contextlib.suppress(OSError, TypeError):  # of a folder
                 os.truncate(what, os.stat(what).st_size // 2)
-            except (OSError, TypeError):
-                pass  # a folder
         if self.way.startswith("killed"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.way == "read-only" or event in ("open", "fsync", "os.mkdir"):  # a full disk lets files be renamed and removed
+        if self.way == "read-only" or event in (
+            "open",
+            "fsync",
+            "os.mkdir",
+        ):  # a full disk lets files be renamed and removed
             number = errno.EROFS if self.way == "read-only" else errno.ENOSPC
             raise OSError(number, os.strerror(number), what if isinstance(what, str) else None)
 
@@ -366,7 +377,9 @@ def test_two_that_bind_at_once_lose_nothing(tmp_path: Path, swift: Model, pico_p
     phrases = [[f"the toy of {who} {i}" for i in range(3)] for who in ("Anna", "Boris", "Cleo")]
     for some in phrases:  # found once, here, so that the processes do nothing but write
         for phrase in some:
-            knowledge_update._found(swift, [knowledge_update.request(phrase, pack.anchor)], [], _settings(swift), False, None)
+            knowledge_update._found(
+                swift, [knowledge_update.request(phrase, pack.anchor)], [], _settings(swift), False, None
+            )
     children = []
     for some in phrases:
         case("faults")

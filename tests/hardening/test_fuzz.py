@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -45,7 +45,9 @@ numbers = st.one_of(
 )
 scalars = st.one_of(st.none(), st.booleans(), numbers, texts)
 values = st.recursive(
-    scalars, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)), max_leaves=8
+    scalars,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
+    max_leaves=8,
 )
 
 
@@ -280,7 +282,11 @@ def test_replies_of_judges(raw: bytes) -> None:
     assert found.tokens_in >= 0 and found.tokens_out >= 0
 
 
-@given(st.one_of(st.none(), texts, st.from_regex(r"[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{1,6} \d\d:\d\d:\d\d (GMT|[+-]\d{4})")))
+@given(
+    st.one_of(
+        st.none(), texts, st.from_regex(r"[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{1,6} \d\d:\d\d:\d\d (GMT|[+-]\d{4})")
+    )
+)
 @example("Fri, 31 Dec 9999 23:59:59 -2359")
 @example("Mon, 01 Jan 0001 00:00:00 +2359")
 def test_retry_after(value: str | None) -> None:
@@ -317,7 +323,6 @@ DEFAULTS = {
 
 
 @given(st.one_of(mutated(DEFAULTS).map(lambda v: json.dumps(v).encode()), bytes_near(json.dumps(DEFAULTS).encode())))
-@settings(max_examples=200)
 @example(b"[" * 200_000)
 @example(b'{"learn": null}')
 @example(b'{"edit": [1]}')
@@ -363,7 +368,6 @@ arguments = st.one_of(
 
 
 @given(st.lists(arguments, max_size=7))
-@settings(max_examples=150)
 @example(["show", "\udcff"])
 @example(["show", "\x1b[2J"])
 @example(["ask", "What is it?", "--pack", "/dev/zero"])
@@ -371,9 +375,7 @@ arguments = st.one_of(
 @example(["bench", "knowcus", "check", "/dev/zero"])
 @example(["generate", "x", "--seeds", "0-99999999999999999999"])
 @example(["show", "x" * 5000])
-def test_arguments(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, args: list[str]
-) -> None:
+def test_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, args: list[str]) -> None:
     """No command gets as far as a model here: what it would load is a sentence."""
     case("fuzz")
     monkeypatch.chdir(tmp_path_factory.getbasetemp())

@@ -100,7 +100,8 @@ WEIGHTS: dict[str, bytes] = {
     "a header nested deeply": tensors(b'{"a":' * 20_000 + b"1" + b"}" * 20_000),
     "a header that is a list": tensors(b"[]"),
     "the same tensor twice": tensors(
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        b"\0" * 4,
     ),
     "tensors one over the other": tensors(TWO, b"\0" * 4),
     "a tensor beyond the end": tensors(lie(data_offsets=[0, HUGE]), b"\0" * 4),
@@ -172,7 +173,9 @@ def test_a_pack_reaches_nothing_outside_its_folder(
 ) -> None:
     """Links of every kind, absolute and relative, of files and of folders; not one byte behind them is read."""
     secret = tmp_path / "secret.safetensors"
-    shutil.copyfile(pico_pack(tmp_path / "own.pack").path / LORA, secret)  # good weights, so that only the link is wrong
+    shutil.copyfile(
+        pico_pack(tmp_path / "own.pack").path / LORA, secret
+    )  # good weights, so that only the link is wrong
     opened: list[str] = []
     real = Path.open
     monkeypatch.setattr(Path, "open", lambda self, *a, **k: (opened.append(str(self)), real(self, *a, **k))[1])
@@ -191,9 +194,11 @@ def test_a_pack_reaches_nothing_outside_its_folder(
         assert all(Path(path).parent.resolve() == folder and not Path(path).is_symlink() for path in opened)
 
 
-NAMES = ["../up.png", "samples/../../up.png", "/etc/passwd", "samples\\..\\up.png", "C:\\x.png", "samples/\u202egnp.x.png",
-         "samples/con\x1b[2J.png", "samples/.hidden.png", "samples/a/b.png", "samples/x.png\n", "samples/x.png\0", "//x/y.png",
-         "samples/x.png/", "samples/\uff0e\uff0e/x.png", "text_encoder/config.json", "model_index.json", "auto_map.py"]  # fmt: skip
+NAMES = ["../up.png", "samples/../../up.png", "/etc/passwd", "samples\\..\\up.png", "C:\\x.png",
+         "samples/\u202egnp.x.png",
+         "samples/con\x1b[2J.png", "samples/.hidden.png", "samples/a/b.png", "samples/x.png\n", "samples/x.png\0",
+         "//x/y.png", "samples/x.png/", "samples/\uff0e\uff0e/x.png", "text_encoder/config.json", "model_index.json",
+         "auto_map.py"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -219,13 +224,15 @@ def test_nothing_in_a_pack_configures_a_library(
     import peft
     import transformers
 
-    for kind in (diffusers.DiffusionPipeline, diffusers.ModelMixin, transformers.PreTrainedModel, peft.PeftModel, peft.PeftConfig):
+    models = (diffusers.DiffusionPipeline, diffusers.ModelMixin, transformers.PreTrainedModel)
+    for kind in (*models, peft.PeftModel, peft.PeftConfig):
         monkeypatch.setattr(kind, "from_pretrained", classmethod(forbidden))
     pack = pico_pack(tmp_path / "a.pack")
     assert len(list(generate(quick, "my favourite toy", [pack]))) == 1 and not called
     for changes in (
-        {"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, {"lora_alpha": 1e9}, {"modules_to_save": ["lm_head"]},
-        {"base_model_name_or_path": "evil/model"}, {"revision": "x"}, {"target_modules": "all-linear"}, {"peft_type": "IA3"},
+        {"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, {"lora_alpha": 1e9},
+        {"modules_to_save": ["lm_head"]}, {"base_model_name_or_path": "evil/model"}, {"revision": "x"},
+        {"target_modules": "all-linear"}, {"peft_type": "IA3"},
         {"layer_replication": [[0, 10**9]]}, {"megatron_config": {}}, {"corda_config": {"x": 1}},
     ):  # fmt: skip
         folder = pico_pack(tmp_path / "b.pack").path
@@ -247,9 +254,11 @@ def test_sparse_files_fill_no_memory(tmp_path: Path, pico_pack: PackFactory) -> 
 
 TERMINAL = {
     "the window's title": "\x1b]0;pwned\x07", "a cleared screen": "\x1b[2J\x1b[H", "one byte of the same": "\x9b2J",
-    "a link": "\x1b]8;;http://evil\x1b\\toy\x1b]8;;\x1b\\", "a bell": "\x07", "a line drawn over": "safe\r evil", "deleted": "x\x7f",
-    "written backwards": "\u202egnp.elif", "an isolate": "\u2066x\u2069", "no width": "t\u200bo\u200by", "a soft hyphen": "to\u00ady",
-    "another line": "a\u2028b", "the next line": "a\x85b", "half a character": "\ud800", "no character": "\ufffe",
+    "a link": "\x1b]8;;http://evil\x1b\\toy\x1b]8;;\x1b\\", "a bell": "\x07", "deleted": "x\x7f",
+    "a line drawn over": "safe\r evil", "written backwards": "\u202egnp.elif", "an isolate": "\u2066x\u2069",
+    "no width": "t\u200bo\u200by",
+    "a soft hyphen": "to\u00ady", "another line": "a\u2028b", "the next line": "a\x85b",
+    "half a character": "\ud800", "no character": "\ufffe",
     "tags": "\U000e0041\U000e0042", "a mark of order": "\ufeffx",
 }  # fmt: skip
 
@@ -260,9 +269,11 @@ def test_terminals_obey_no_pack(tmp_path: Path, pico_pack: PackFactory, what: st
     nasty = TERMINAL[what]
     places: list[Callable[[dict[str, Any]], Any]] = [
         lambda text: text.update(anchor=f"sks {nasty}"), lambda text: text.update(base_model=nasty),
-        lambda text: text["settings"].update({nasty: nasty}), lambda text: text["defaults"].update(negative_prompt=nasty),
+        lambda text: text["settings"].update({nasty: nasty}),
+        lambda text: text["defaults"].update(negative_prompt=nasty),
         lambda text: text["versions"].update(torch=nasty),
-        *[lambda text, key=key: text["knowledge"][0].update({key: nasty}) for key in ("text", "answer", "editor", "read_back")],
+        *[lambda text, key=key: text["knowledge"][0].update({key: nasty}) for key in ("text", "answer", "editor",
+        "read_back")],
         lambda text: text["knowledge"][0].update(questions=[nasty, f"What {nasty}?"]),
         lambda text: text["knowledge"][0].update(settings={"x": [nasty]}),
     ]  # fmt: skip
@@ -300,7 +311,8 @@ def test_names_of_files_are_shown_for_what_they_are(tmp_path: Path, pico_pack: P
 
 
 HTML = ["<script>alert(1)</script>", "<img src=http://evil/x onerror=alert(1)>", '"><svg onload=alert(1)>', "</title><h1>x",
-        "' autofocus onfocus=alert(1) x='", "<!-- ", "]]>", "&lt;script&gt;", "javascript:alert(1)", "{body}", "\u202e<b>",
+        "' autofocus onfocus=alert(1) x='", "<!-- ", "]]>", "&lt;script&gt;", "javascript:alert(1)", "{body}",
+        "\u202e<b>",
         "<a href='//evil'>", "<style>*{display:none}</style>", "<base href=//evil>", "</style><script>"]  # fmt: skip
 
 
@@ -349,6 +361,25 @@ def test_weights_of_models_are_never_unpickled(model_copy: Path, trace: Path, pa
     assert str(model_copy) in sentence(lambda: load(model_copy, "cpu"))
 
 
+def test_models_of_metrics_run_no_code(tmp_path: Path, trace: Path) -> None:
+    """They may be of old, as pickles, which are then read for tensors alone."""
+    import transformers
+
+    from mokus.bench.knowcusbench.metrics.pretrained import Pretrained
+
+    small = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+        "image_size": 16,
+    }
+    transformers.ViTModel(transformers.ViTConfig(**small)).save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit" / "model.safetensors").unlink()
+    torch.save({"x": Payload(trace)}, tmp_path / "vit" / "pytorch_model.bin")
+    sentence(lambda: Pretrained(str(tmp_path / "vit"), "dino", "--dino").model(transformers.ViTModel))
+
+
 @pytest.mark.parametrize("spec", [
     ["antigravity", "fly"], ["os", "system"], ["evil_module", "Evil"], ["subprocess", "Popen"], ["builtins", "exec"],
     ["diffusers.utils", "x"], ["..", "x"], [{"a": 1}, "x"], ["transformers"], [], ["evil", "Evil", "x"],
@@ -383,16 +414,17 @@ def test_code_in_a_models_folder_is_not_run(model_copy: Path, trace: Path) -> No
     sentence(lambda: load(model_copy, "cpu"))
 
 
-IDS = ["http://169.254.169.254/latest/meta-data", "https://evil.example/model", "file:///etc/passwd", "ftp://x/y", "//evil/x",
-       "\\\\evil\\share", "evil/model@main", "evil/model?x=1", "../../etc", "a/../../b", "/etc/passwd", "/proc/self/environ", "/dev/zero",
-       "user:pass@host/x", "a" * 5000, "", " ", ".", "a//b", "a/b/c", "\x1b[2J/x", "\u202e/x", "hf://evil/x", "s3://x/y", "a\nb",
+IDS = ["http://169.254.169.254/latest/meta-data", "https://evil.example/model", "file:///etc/passwd", "ftp://x/y",
+       "//evil/x",
+       "\\\\evil\\share", "evil/model@main", "evil/model?x=1", "../../etc", "a/../../b", "/etc/passwd",
+       "/proc/self/environ",
+       "/dev/zero", "user:pass@host/x", "a" * 5000, "", " ", ".", "a//b", "a/b/c", "\x1b[2J/x", "\u202e/x",
+       "hf://evil/x", "s3://x/y", "a\nb",
        "datasets/evil/x", "127.0.0.1:8000/x", "[::1]/x", "%2e%2e/%2e%2e"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", IDS)
-def test_names_of_models_lead_nowhere_else(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_of_models_lead_nowhere_else(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a name says, the only machine that is asked is the hub, and here not even that: one sentence."""
     asked: list[Any] = []
 
@@ -468,7 +500,9 @@ def test_photos_that_are_none(tmp_path: Path, what: str, suffix: str) -> None:
 
 def test_polyglots_are_read_as_pictures_alone(tmp_path: Path, trace: Path) -> None:
     """A photo that is an archive, a script or a page as well is a photo: nothing else of it is looked at, or goes on."""
-    for i, tail in enumerate((archive("x"), b"<script>x</script>", pickle.dumps(Payload(trace)), b"\n#!/bin/sh\nmkdir x\n")):
+    for i, tail in enumerate(
+        (archive("x"), b"<script>x</script>", pickle.dumps(Payload(trace)), b"\n#!/bin/sh\nmkdir x\n")
+    ):
         case("malicious")
         for kind in ("PNG", "JPEG", "WEBP"):
             (tmp_path / f"{i}.{kind.lower()}").write_bytes(_photo(kind) + tail)
@@ -529,7 +563,9 @@ def test_what_looks_the_same_is_the_same_or_is_refused() -> None:
     for text in TERMINAL.values():
         sentence(lambda text=text: normalise(f"my {text} toy"))  # type: ignore[misc]
     case("malicious")
-    assert same("my toy") != same("my t\u043ey")  # a Cyrillic o is another letter: it binds nothing that the Latin one does
+    assert same("my toy") != same(
+        "my t\u043ey"
+    )  # a Cyrillic o is another letter: it binds nothing that the Latin one does
 
 
 # --- what is left on the disk by others ---------------------------------------------------------------------

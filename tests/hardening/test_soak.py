@@ -28,7 +28,9 @@ def test_five_hundred_rounds(
     tmp_path: Path, quick: Model, pico_pack: PackFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is flat is the resident memory, from round 50 to the end: within 5 %."""
-    monkeypatch.setattr(knowledge_update, "LONGEST_ANSWER", 2)  # tokens read back: a random encoder never ends by itself
+    monkeypatch.setattr(
+        knowledge_update, "LONGEST_ANSWER", 2
+    )  # tokens read back: a random encoder never ends by itself
     pack = pico_pack(tmp_path / "a.pack", knowledge=[])
     bytes_before, before = tree(pack.path), encode(quick, PROMPTS)
     drawn = next(generate(quick, "my favourite toy", [pack])).image.tobytes()
