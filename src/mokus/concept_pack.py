@@ -525,11 +525,11 @@ def _listing(place: Path) -> set[str]:
 
 def _bytes(path: Path, limit: int) -> bytes:
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size > limit:
+        if (size := os.fstat(file.fileno()).st_size) > limit:
             raise MokusError(
                 f"{path} is larger than {limit >> 20} MiB, more than a concept pack can need; get another copy."
             )
-        return file.read(limit + 1)
+        return file.read(size + 1)  # not limit + 1, for which Python would take memory at once
 
 
 def _tensors(data: bytes, path: Path) -> dict[str, Tensor]:
