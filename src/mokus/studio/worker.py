@@ -8,6 +8,7 @@ starts another one.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import queue
 import signal
@@ -64,6 +65,7 @@ class Worker:
         self._numbers = 0
         self._closing = False
         self._pace = _Pace()
+        atexit.register(self.close)  # before the interpreter's own, which would wait for a process that hears no signal
         with self._changed:
             self._advance()
 
@@ -158,6 +160,7 @@ class Worker:
         if child:
             child.end(timeout)
         self._home_lock.release()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Worker:
         return self
