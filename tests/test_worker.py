@@ -64,7 +64,9 @@ def test_images_are_those_of_the_library(worker: Worker, pico: Model, pico_pack:
     assert [row["file"] for row in job.result] == job.previews
 
 
-def test_questions_unbinding_and_checks_of_a_pack(worker: Worker, pico: Model, pico_pack: PackFactory, tmp_path: Path) -> None:
+def test_questions_unbinding_and_checks_of_a_pack(
+    worker: Worker, pico: Model, pico_pack: PackFactory, tmp_path: Path
+) -> None:
     pack = pico_pack(tmp_path / "toy.pack", knowledge=["my favourite toy", "my old friend"])
     question, shifts = "What is my favourite toy?", mokus.shifts_of([pack])
     asked = worker.submit("ask", question=question, packs=[str(pack.path)])

@@ -48,7 +48,7 @@ class Batches:
         self._waiting: deque[_Wish] = deque()
         self._some = asyncio.Event()
         self._closing = False
-        self._drawing = 0
+        self.drawing = 0  # images, now
         self._pace = 1.0  # seconds per image
 
     @property
@@ -78,7 +78,7 @@ class Batches:
     @property
     def patience(self) -> int:
         """Seconds until what waits is drawn, as far as can be told."""
-        return max(1, math.ceil((len(self._waiting) + self._drawing) * self._pace))
+        return max(1, math.ceil((len(self._waiting) + self.drawing) * self._pace))
 
     def close(self) -> None:
         """Refuse all that has not begun; what is being drawn will be."""
@@ -94,7 +94,7 @@ class Batches:
             if not (wishes := self._next()):
                 self._some.clear()
                 continue
-            self._drawing, began = len(wishes), loop.time()
+            self.drawing, began = len(wishes), loop.time()
             try:
                 call = self._worker.call(
                     "draw", wishes=[(w.pack, w.prompt, w.seed) for w in wishes], size=wishes[0].size, packs=self._packs
@@ -104,7 +104,7 @@ class Batches:
             except MokusError as error:  # WorkerDied too
                 answers = [error] * len(wishes)
             finally:
-                self._drawing = 0
+                self.drawing = 0
             for wish, answer in zip(wishes, answers, strict=True):
                 _settle(wish, MokusError(answer) if isinstance(answer, str) else answer)
             self._drawn(sum(isinstance(answer, bytes) for answer in answers), loop.time() - began)

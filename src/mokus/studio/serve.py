@@ -14,6 +14,7 @@ import base64
 import hmac
 import logging
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager, suppress
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -103,9 +105,16 @@ class Server:
         self.embedding = 0
         self.app = self._app(token)
 
-    def close(self) -> None:
-        """From now on nothing new is drawn; what is being drawn will be. In the event loop."""
-        self.batches.close()
+    def uvicorn(self) -> uvicorn.Server:
+        """What runs it: `run(sockets=[...])`. Told to stop, it finishes what is being drawn and refuses the rest."""
+        close = self.batches.close
+
+        class Graceful(uvicorn.Server):
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                close()
+                await super().shutdown(sockets)
+
+        return Graceful(uvicorn.Config(self.app, log_level="warning", access_log=False))
 
     def _app(self, token: str | None) -> FastAPI:
         app = FastAPI(title="MoKus", lifespan=self._lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -183,7 +192,12 @@ class Server:
         return Response((self.images / f"{name}.png").read_bytes(), media_type="image/png")
 
     async def health(self) -> dict[str, Any]:
-        return {"status": "ok", "model": self.models.base, "waiting": self.batches.waiting}
+        return {
+            "status": "ok",
+            "model": self.models.base,
+            "waiting": self.batches.waiting,
+            "drawing": self.batches.drawing,
+        }
 
     async def tell_metrics(self) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -53,8 +53,6 @@ def serve(
     """Serve images over OpenAI's images API, with concept packs as models. Ctrl-C finishes what is being drawn."""
     _check_token(host, token)
     try:
-        import uvicorn
-
         from mokus.studio.serve import Limits, Server
     except ModuleNotFoundError as error:
         raise MokusError(f"serving needs {error.name}, which is not installed: pip install 'mokus[serve]'.") from error
@@ -68,17 +66,10 @@ def serve(
             with err.status("loading the model"):
                 about = worker.call("describe").result()
             server = Server(worker, about, packs, images, token=token, limits=limits)
-
-            class Uvicorn(uvicorn.Server):
-                async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-                    server.close()
-                    await super().shutdown(sockets)
-
-            config = uvicorn.Config(server.app, log_level="warning", access_log=False)
             for each in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it is done
                 signal.signal(each, _done)
             typer.echo(f"serving {server.models.base} at http://{_written(listening.getsockname())}/v1")
-            Uvicorn(config).run(sockets=[listening])
+            server.uvicorn().run(sockets=[listening])
 
 
 def _done(number: int, frame: Any) -> None:
