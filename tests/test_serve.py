@@ -125,7 +125,7 @@ class Running:
         )  # fmt: skip
         listening = socket.create_server(("127.0.0.1", 0))
         self.client = Client(listening.getsockname()[1], token)
-        self.uvicorn = self.server.uvicorn()
+        self.uvicorn = self.server.runner()
         self.thread = threading.Thread(target=lambda: asyncio.run(self.uvicorn.serve([listening])), daemon=True)
         self.thread.start()
 
@@ -313,9 +313,12 @@ def test_those_who_go_are_not_drawn_for(running: Running) -> None:
         first = pool.submit(ask.images, prompt="first")
         worker.until(1)
         body = b'{"prompt": "gone", "n": 3}'
-        with socket.create_connection(("127.0.0.1", ask.port)) as connection:
+        gone = [socket.create_connection(("127.0.0.1", ask.port)) for _ in range(2)]
+        for connection in gone:
             connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            until(lambda: running.server.batches.waiting == 3)
+        until(lambda: running.server.batches.waiting == 6)  # as many as may
+        for connection in gone:
+            connection.close()
         time.sleep(1.2)  # more than the server takes to look
         last = pool.submit(ask.images, prompt="last", n=3)
         until(lambda: running.server.batches.waiting == 3)

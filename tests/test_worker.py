@@ -110,7 +110,7 @@ def test_a_stopped_learn_goes_on_to_what_it_would_have_been(
     job = worker.wait(job.id, SECONDS)
     assert job.state == "done" and [step for step, _ in job.history] == list(range(1, 31))
     assert job.history[: len(stopped.history)] == stopped.history
-    assert [Path(file).name for file in job.previews] == ["step-00015.png", "step-00030.png"][-len(job.previews) :]
+    assert [Path(file).name for file in job.previews] == ["step-00015.png", "step-00030.png"]
     assert all(Path(file).is_file() for file in job.previews)
     assert files_of(place) == files_of(whole.path)
     with pytest.raises(MokusError, match="done"):

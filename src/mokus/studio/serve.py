@@ -92,8 +92,10 @@ class Server:
     ) -> None:  # fmt: skip
         """`model` as the worker describes it; images that are fetched by URL are kept in the folder `images`.
 
-        Raises `MokusError` if there is no folder `packs`.
+        Raises `MokusError` if there is no folder `packs`, or the limits leave out what the model draws without being asked.
         """
+        if limits.size is not None and limits.size < model["size"]:
+            raise MokusError(f"--most-size is {limits.size}, expected at least the model's own size, {model['size']}.")
         self.worker, self.model, self.images, self.limits = worker, model, images, limits
         self.models = Models.of(model, packs)
         self.metrics = _Metrics()
@@ -105,8 +107,8 @@ class Server:
         self.embedding = 0
         self.app = self._app(token)
 
-    def uvicorn(self) -> uvicorn.Server:
-        """What runs it: `run(sockets=[...])`. Told to stop, it finishes what is being drawn and refuses the rest."""
+    def runner(self) -> uvicorn.Server:
+        """What runs the application: `run(sockets=[...])`. Told to stop, it finishes what is being drawn and refuses the rest."""
         close = self.batches.close
 
         class Graceful(uvicorn.Server):
@@ -144,11 +146,11 @@ class Server:
     async def generations(self, asked: ImagesRequest, request: Request) -> dict[str, Any]:
         pack = self.models.find(asked.model)
         self._check_prompt(asked.prompt)
-        n, limits = asked.n or 1, self.limits
-        if n > limits.n:
-            raise ApiError(400, f"n is {n}, expected at most {limits.n}; ask again for more.", param="n")
+        n, most = asked.n or 1, min(self.limits.n, self.limits.queue)
+        if n > most:
+            raise ApiError(400, f"n is {n}, expected at most {most}; ask again for more.", param="n")
         usual = self.model["size"]
-        size = side_of(asked.size, usual, limits.size or usual, self.model["size_multiple"])
+        size = side_of(asked.size, usual, self.limits.size or usual, self.model["size_multiple"])
         first = secrets.randbelow(1 << 32) if asked.seed is None else asked.seed
         seeds = range(first, first + n)
         images = await self._drawn(pack, asked.prompt, seeds, size, request)

@@ -69,7 +69,7 @@ def serve(
             for each in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it is done
                 signal.signal(each, _done)
             typer.echo(f"serving {server.models.base} at http://{_written(listening.getsockname())}/v1")
-            server.uvicorn().run(sockets=[listening])
+            server.runner().run(sockets=[listening])
 
 
 def _done(number: int, frame: Any) -> None:
