@@ -170,7 +170,7 @@ def _version_of(file: Path) -> Version:
 
 
 def _values(file: Path) -> list[Any]:
-    if (size := file.stat().st_size) > LARGEST or not file.is_file():
+    if (size := file.stat().st_size) > LARGEST:
         raise MokusError(f"{file} has {size:,} bytes, expected a JSON file of WISE of at most {LARGEST:,}.")
     try:
         values = json.loads(file.read_text(encoding="utf-8-sig"))
