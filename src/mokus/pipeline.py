@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -189,7 +190,7 @@ def _device(name: str | None) -> torch.device:
 def _model_index(source: str) -> dict[str, Any]:
     """The pipeline's model_index.json, from a folder or the hub."""
     folder = Path(source)
-    if folder.is_dir():
+    if os.path.isdir(source):  # unlike Path's own, no error for a name longer than a disk allows
         file = folder / "model_index.json"
         if not file.is_file():
             raise MokusError(
@@ -200,7 +201,7 @@ def _model_index(source: str) -> dict[str, Any]:
         return dict(QwenImagePipeline.load_config(source))
     except (OSError, HFValidationError) as error:  # neither a folder nor a reachable repository, or no name of one
         raise MokusError(
-            f"the model {source!r} is neither a folder here nor a repository that the hub gave; "
+            f"the model {source[:200]!r} is neither a folder here nor a repository that the hub gave; "
             "check the name and the connection, or leave --model out for the miniature."
         ) from error
 
