@@ -6,13 +6,15 @@ STAMP  := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help install demo test test-fast lint bench clean
+.PHONY: help install demo test test-fast lint bench audit sbom clean
 
 help:
 	@echo "make demo       learn a concept, bind knowledge to it, write $(OUT)/report.html (about two minutes)"
 	@echo "make test       lint, types and all tests"
 	@echo "make test-fast  the tests that take less than a few seconds each"
 	@echo "make bench      the figures of the README; goes on where it was stopped"
+	@echo "make audit      known vulnerabilities of the pinned versions, from OSV's database (needs the network)"
+	@echo "make sbom       sbom.json: all that is installed, as CycloneDX"
 	@echo "make clean      remove $(VENV) and caches"
 
 install: $(STAMP)
@@ -44,5 +46,21 @@ test-fast: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/main_job.py -o benchmarks/results/main_job
 
+$(VENV)/.audit: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[audit]"
+	@touch $@
+
+# pip-audit writes its findings, if any, into the file; without the file it has not come that far.
+audit: $(VENV)/.audit
+	@rm -f audit.json
+	@$(BIN)/python -m pip_audit -s osv --disable-pip --no-deps -r constraints.txt --progress-spinner off --timeout 10 -f json -o audit.json 2>audit.log; \
+	code=$$?; \
+	test -s audit.json || { tail -n 1 audit.log >&2; echo "audit: the database of vulnerabilities cannot be reached, so nothing was audited" >&2; exit 1; }; \
+	cat audit.log; echo "audit: see audit.json"; exit $$code
+
+sbom: $(VENV)/.audit
+	@$(BIN)/python -m cyclonedx_py environment --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json $(BIN)/python
+	@echo "sbom.json"
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) sbom.json audit.json audit.log .mypy_cache .ruff_cache .pytest_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,9 +25,11 @@ from mokus.console import (
     print_json,
     settings_options,
     stdout,
+    visible,
 )
 from mokus.errors import MokusError
 from mokus.settings import EditSettings, LearnSettings
+from mokus.studio import serve_cli
 
 if TYPE_CHECKING:
     from mokus.concept_pack import ConceptPack
@@ -46,6 +49,7 @@ app.add_typer(bench, name="bench")
 bench.add_typer(knowcus, name="knowcus")
 bench.add_typer(wise, name="wise")
 uses_cli.register(bench)
+serve_cli.register(app)
 
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
 PackOption = Annotated[list[Path] | None, typer.Option("--pack", help="A concept pack to use; may be repeated.")]
@@ -191,7 +195,7 @@ def ask(
     if as_json:
         used = {"packs": [str(each.path) for each in opened], **({"prefer": str(prefer)} if prefer else {})}
         return print_json({"question": question, "answer": answer, **used})
-    typer.echo(answer)
+    typer.echo(visible(answer))
 
 
 @app.command()
@@ -405,9 +409,9 @@ def show(pack: PackArgument, as_json: JsonOption = False) -> None:
     for known in opened.knowledge:
         table.add_row(
             known.text,
-            " / ".join(known.questions),
-            known.read_back,
-            known.editor,
+            visible(" / ".join(known.questions)),
+            visible(known.read_back),
+            visible(known.editor),
             str(known.steps),
             f"{known.alignment:.2f}",
         )
@@ -519,7 +523,7 @@ def _print_edits(edits: list[Edit]) -> None:
         table.add_row(
             edit.knowledge,
             word,
-            edit.read_back,
+            visible(edit.read_back),
             f"{edit.alignment:.2f}",
             str(edit.steps),
             f"{edit.seconds:.1f}",
@@ -539,4 +543,5 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def main() -> None:
     """The `mokus` command."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may be no UTF-8
     app()

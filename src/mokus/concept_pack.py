@@ -39,7 +39,7 @@ from torch import Tensor, nn
 import mokus
 from mokus.backbone import BACKBONES, QWEN_IMAGE
 from mokus.errors import MokusError
-from mokus.knowledge import NOTHING_SEEN, class_word, hidden
+from mokus.knowledge import LONGEST_TEXT, NOTHING_SEEN, class_word, hidden
 from mokus.low_rank import LowRankShift, Shifts, added
 from mokus.pack_card import card
 from mokus.pack_files import (
@@ -84,6 +84,7 @@ from mokus.pack_weights import (
 if TYPE_CHECKING:
     from mokus.pipeline import Model
 
+DEEPEST = 40  # lists and mappings inside each other in a manifest
 READ_ATTEMPTS = 20  # of a pack that another process is rewriting
 
 
@@ -105,6 +106,7 @@ def _known_pipeline(name: str) -> str:
 
 
 _Line = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
+_Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _ModulePath = Annotated[str, Field(pattern=f"^{MODULE}$")]
 
@@ -117,12 +119,12 @@ class BoundKnowledge(_Strict):
     """One piece of knowledge in a pack, and how it was bound."""
 
     text: _Line
-    questions: list[str]
+    questions: list[_Text]
     answer: _Line  # what it means now: the pack's anchor or, in a pack of words, what these words are replaced by
-    editor: str
+    editor: _Text
     eta: float
     steps: int = Field(ge=0)
-    read_back: str  # what the text encoder answered the first question with
+    read_back: _Text  # what the text encoder answered the first question with
     alignment: float = Field(ge=0, le=1)  # how far image prompts' encodings moved to the anchor's
     settings: dict[str, JsonValue] = Field(default_factory=dict)  # all of stage 2's
     # rows of each module's adapter that are this knowledge's, in the order of the list; `replace_edits` fills it in
@@ -141,7 +143,7 @@ class _Defaults(_Strict):
     size: int = Field(ge=1)
     steps: int = Field(ge=1)
     true_cfg_scale: float
-    negative_prompt: str
+    negative_prompt: _Text
 
 
 class _Manifest(_Strict):
@@ -253,6 +255,15 @@ class ConceptPack:
             raise MokusError(
                 f"{above} is {'not writable' if above.is_dir() else 'not a folder'}, so {path} cannot be made."
             )
+
+    @staticmethod
+    @contextmanager
+    def lock_place(path: str | Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+        """`locked`, for a place where a pack need not be yet."""
+        place = Path(path).resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with locked_place(place, seconds):
+            yield
 
     @classmethod
     def open(cls, path: str | Path) -> ConceptPack:
@@ -467,7 +478,7 @@ def _read(place: Path) -> _Contents:
         raise MokusError(f"{place} lacks {missing[0]}, which its {MANIFEST} lists; get a whole copy of the pack.")
     contents = {}
     for name, sha in manifest.files.items():
-        data = bytes_in(place / name, MAX_FILE_BYTES)
+        data = bytes_in(place / name, MAX_FILE_BYTES if name in (LORA, ADAPTER) else MAX_JSON_BYTES)
         if hashlib.sha256(data).hexdigest() != sha:
             raise MokusError(
                 f"{place / name} is not the file that {MANIFEST} lists (sha256); get a whole copy of the pack."
@@ -504,7 +515,9 @@ def _parse(text: bytes, complaint: str) -> _Manifest:
 
     try:
         value = json.loads(text, parse_constant=refuse)
-        json.dumps(value, allow_nan=False)  # 1e999 is infinite too
+        if _depth(value) > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
+        as_json(value)  # 1e999 is infinite too, and half a character cannot be written
         return _Manifest.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
@@ -512,6 +525,15 @@ def _parse(text: bytes, complaint: str) -> _Manifest:
         raise MokusError(f"{complaint}: {where}{': ' if where else ''}{first['msg']}.") from error
     except (ValueError, RecursionError) as error:
         raise MokusError(f"{complaint}: it is no JSON ({error}).") from error
+
+
+def _depth(value: Any) -> int:
+    """Lists and mappings inside each other, counted without recursion."""
+    levels, row = 0, [value]
+    while row := [each for each in row if isinstance(each, (dict, list))]:
+        levels += 1
+        row = [part for each in row for part in (each.values() if isinstance(each, dict) else each)]
+    return levels
 
 
 # --- writing ---------------------------------------------------------

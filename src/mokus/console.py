@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from typer.core import TyperGroup
 
 from mokus.errors import MokusError
+from mokus.knowledge import shown
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model
@@ -32,8 +33,8 @@ MOST_SEEDS = 10_000
 
 # Faults of the place rather than of the program: no room, no permission, not a folder, ...
 _FAULTS_OF_THE_DISK = {
-    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC,
-    errno.ENOTDIR, errno.EPERM, errno.EROFS,
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
 }  # fmt: skip
 
 
@@ -79,7 +80,16 @@ def one_sentence() -> Iterator[None]:
 
 def note(sentence: str) -> None:
     """One line on stderr."""
-    print(f"mokus: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"mokus: {visible(' '.join(sentence.split()))}", file=sys.stderr)
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would obey or not show as \\u....: a stranger's pack or file name may hold anything."""
+    return "".join(c if shown(c) else _escaped(c) for c in text)
+
+
+def _escaped(c: str) -> str:
+    return json.dumps(c)[1:-1] if c > "\x7f" else f"\\u{ord(c):04x}"
 
 
 def stdout(width: int | None = None) -> Console:
@@ -88,8 +98,9 @@ def stdout(width: int | None = None) -> Console:
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """JSON on stdout; what a terminal would obey is escaped, so that it comes back as it was."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    typer.echo("".join(c if c == "\n" or shown(c) else _escaped(c) for c in text))
 
 
 def load_model(model: str | None, device: str | None = None, dtype: Any = None) -> Model:

@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mokus.encoder import CHUNK, inputs_at_prefix, inputs_in_chunks, tail_length
+from mokus.errors import MokusError
 from mokus.knowledge import questions
 from mokus.prior_prompts import in_places, prior_prompts
 from mokus.words import Words
@@ -84,12 +86,34 @@ def _odd(tokenizer: Any, n: int) -> tuple[str, ...]:
 def moments(model: Model, paths: Sequence[str], corpus: Corpus, progress: Progress | None = None) -> dict[str, Moments]:
     """Of every module, from the cache or gathered now. `progress("gathering statistics", prompts done, all, {})`."""
     folder = cache_folder() / "statistics"
-    folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Moments] = {}
-    for group in _passes(model, paths):
-        with FileLock(folder / f".{_key(model, group[0], corpus)}.lock"):  # another process may be at it
+    with _usable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f".{_key(model, '', corpus)}.lock").acquire()  # another process may be at it
+    with lock:
+        _clear(folder, [_key(model, path, corpus) for path in paths])
+        for group in _passes(model, paths):
             found |= _one_pass(model, group, corpus, folder, progress)
     return {path: found[path] for path in paths}
+
+
+@contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """A folder that cannot be made or written, or a full disk, is a `MokusError` that says which variable names another."""
+    try:
+        yield
+    except OSError as error:
+        raise MokusError(
+            f"the statistics cannot be kept in {folder} ({error.strerror or error}); make room or get access there, or name "
+            "another folder by the variable MOKUS_CACHE."
+        ) from error
+
+
+def _clear(folder: Path, keys: Sequence[str]) -> None:
+    """Take away what writers left when they were killed; only under the lock, so none of it is still being written."""
+    for key in keys:
+        for left in folder.glob(f".{key}.safetensors.*.tmp"):
+            left.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:
@@ -203,11 +227,12 @@ def _write(file: Path, value: Moments, chunks: int, about: dict[str, str]) -> No
     rows = str(value.rows)
     said = {**about, "rows": rows, "chunks": str(chunks), "sha256": _sha256(gram, rows, str(chunks))}
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(save({"gram": gram}, said))
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
+    with _usable(file.parent):
+        try:
+            beside.write_bytes(save({"gram": gram}, said))
+            os.replace(beside, file)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def _sha256(tensor: Tensor, *counts: str | None) -> str:

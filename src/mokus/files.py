@@ -34,7 +34,7 @@ def read_json(file: Path) -> Any:
         return None
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MokusError(f"{file} is no JSON ({error}); take it away, and run the benchmark again.") from error
 
 
@@ -45,6 +45,6 @@ def kept(file: Path, setup: Any, made: Callable[[], dict[str, Any]]) -> dict[str
         row = json.loads(json.dumps(made()))
         write_json(file, {**row, "setup": setup}, indent=1)
         return dict(row)
-    if known.pop("setup") != json.loads(json.dumps(setup)):
+    if not isinstance(known, dict) or known.pop("setup", None) != json.loads(json.dumps(setup)):
         raise MokusError(f"{file} is of a run with other settings, model or versions; name another folder with -o.")
     return dict(known)

@@ -77,7 +77,7 @@ def generate(
         "negative_prompt": default.negative_prompt if negative_prompt is None else negative_prompt,
     }
     check_settings(model, settings, batch_size)
-    _check_prompts(model, prompts, settings["negative_prompt"])
+    check_prompts(model, prompts, settings["negative_prompt"])
     preferred = chosen(packs, prefer)
     _check_packs(model, packs, preferred)
     jobs = list(product(prompts, _checked_seeds(seeds)))
@@ -93,7 +93,7 @@ def _generate(
     texts = list(dict.fromkeys(prompt for prompt, _ in jobs)) + [settings["negative_prompt"]] * guided
     with model.resident("text_encoder"), _knowledge_applied(model, packs, prefer):
         encodings = dict(zip(texts, encode(model, texts), strict=True))
-    described = {**settings, **_provenance(model, packs, prefer)}
+    described = {**settings, **provenance(model, packs, prefer)}
     total, first = len(jobs) * settings["steps"], 0
     while batch := jobs[first : first + batch_size]:
         if not model.backbone.mixes:
@@ -118,23 +118,26 @@ def _generate(
 def draw(
     model: Model,
     jobs: Sequence[tuple[Tensor, int]],
-    negative: Tensor | None,
+    negative: Tensor | Sequence[Tensor] | None,
     settings: Mapping[str, Any],
     step_done: Any = None,
 ) -> list[Image.Image]:
     """One batch through the pipeline as it is: encodings (s, d) and seeds -> images.
 
     `settings`: steps, true_cfg_scale, size in pixels. `negative` (s, d): encoding of the negative prompt, if there is
-    guidance. `step_done` is the pipeline's callback after each step.
+    guidance, one for all or one for each. `step_done` is the pipeline's callback after each step.
     """
+    each = [negative] * len(jobs) if negative is None or isinstance(negative, Tensor) else list(negative)
     lengths = list(dict.fromkeys(len(encoding) for encoding, _ in jobs))
     if len(lengths) > 1 and not model.backbone.mixes:
         found: dict[int, Image.Image] = {}
         for length in lengths:
             alike = [i for i, (encoding, _) in enumerate(jobs) if len(encoding) == length]
-            found |= zip(alike, draw(model, [jobs[i] for i in alike], negative, settings, step_done), strict=True)
+            several = None if negative is None else [n for n in (each[i] for i in alike) if n is not None]
+            images = draw(model, [jobs[i] for i in alike], several, settings, step_done)
+            found |= zip(alike, images, strict=True)
         return [found[i] for i in range(len(jobs))]
-    unwanted = None if negative is None else pad([negative] * len(jobs))
+    unwanted = None if negative is None else pad([n for n in each if n is not None])
     return draw_padded(
         model, pad([encoding for encoding, _ in jobs]), unwanted, [seed for _, seed in jobs], settings, step_done
     )
@@ -214,7 +217,8 @@ def _check_bare(model: Model) -> None:
         )
 
 
-def _provenance(model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack | None) -> dict[str, Any]:
+def provenance(model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack | None = None) -> dict[str, Any]:
+    """What an image was drawn with, besides its settings."""
     about = {id(pack): {"anchor": pack.anchor, "sha256": pack.digest} for pack in packs}
     return {
         "model": model.id,
@@ -245,7 +249,8 @@ def check_settings(model: Model, settings: Mapping[str, Any], batch_size: int = 
         raise MokusError(f"true_cfg_scale is {scale}, expected a number from 0; 1 is no guidance, 4 is usual.")
 
 
-def _check_prompts(model: Model, prompts: list[str], negative_prompt: str) -> None:
+def check_prompts(model: Model, prompts: Sequence[str], negative_prompt: str) -> None:
+    """Raise `MokusError` for prompts that the model cannot draw, or that say nothing."""
     if not prompts:
         raise MokusError("no prompt was given; expected at least one.")
     longest = model.backbone.longest  # the pipeline cuts off what is beyond
@@ -255,6 +260,8 @@ def _check_prompts(model: Model, prompts: list[str], negative_prompt: str) -> No
     for prompt in prompts:
         check_text(prompt, "prompt", "my favourite toy in the snow")
     check_encodable(negative_prompt, "negative prompt")
+    if negative_prompt.strip():
+        check_text(negative_prompt, "negative prompt", "blurry")
     for prompt in dict.fromkeys([*prompts, negative_prompt]):
         tokens = len(token_ids(model, prompt)) - prefix_length(model)
         if tokens > longest:
@@ -287,14 +294,19 @@ def _check_packs(model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack
 def save_png(result: Generated, path: str | Path) -> None:
     """Write the image, its prompt, seed and settings as JSON in a text chunk `mokus`; atomic, and equal bytes again."""
     path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(png_bytes(result))
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def png_bytes(result: Generated) -> bytes:
+    """What `save_png` writes."""
     info = PngInfo()
     about = {"prompt": result.prompt, "seed": result.seed, "settings": result.settings}
     info.add_text("mokus", json.dumps(about, sort_keys=True))
     buffer = BytesIO()
     result.image.save(buffer, "PNG", pnginfo=info)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(buffer.getvalue())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    return buffer.getvalue()

@@ -13,6 +13,7 @@ from typing import Any
 from mokus.errors import MokusError
 
 LONGEST = 200  # characters
+LONGEST_TEXT = 20_000  # characters of any other text; an image prompt ends at 1024 tokens
 LONGEST_ANCHOR = 20  # tokens; the anchor is also an answer, and no more than a few are read back of one
 
 SPACES = re.compile("[ \t\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]+")
@@ -59,6 +60,10 @@ def check_text(text: str, what: str, example: str) -> None:
     """Raise `MokusError` for a text that is empty, broken, or holds the template's own tokens; `what` it is, is for the error."""
     if not text.strip():
         raise MokusError(f"the {what} is empty, expected one such as {example!r}.")
+    if len(text) > LONGEST_TEXT:  # found out before a tokenizer takes minutes to
+        raise MokusError(
+            f"the {what} {text[:40]!r}... has {len(text):,} characters, expected at most {LONGEST_TEXT:,}; shorten it."
+        )
     if "<|" in text:
         raise MokusError(f"the {what} {text[:60]!r} holds '<|', which marks the template's own tokens; leave it out.")
     check_encodable(text, what)
@@ -80,11 +85,16 @@ def hidden(text: str) -> str:
     for c in text:
         if c in LINE_BREAKS:
             return "a line break"
-        newer_emoji = "\U0001f000" <= c <= "\U0001faff"  # than Python's tables
-        if not (c.isprintable() or c in JOINERS or newer_emoji):
+        if not shown(c):
             kind = {"Cc": "control", "Cs": "broken"}.get(unicodedata.category(c), "invisible")
             return f"the {kind} character U+{ord(c):04X}"
     return ""
+
+
+def shown(c: str) -> bool:
+    """Whether a character is one that is seen, or joins those that are."""
+    newer_emoji = "\U0001f000" <= c <= "\U0001faff"  # than Python's tables
+    return c.isprintable() or c in JOINERS or newer_emoji
 
 
 def tidy(text: str) -> str:
@@ -102,6 +112,10 @@ def normalise(phrase: str, what: str = "knowledge", example: str = "my favourite
 
     Raises `MokusError` for an empty phrase, a question, a line break or another hidden character, or one that is too long.
     """
+    if len(phrase) > LONGEST_TEXT:  # composing many accents takes their number squared
+        raise MokusError(
+            f"the {what} {phrase[:40]!r}... has {len(phrase):,} characters, expected at most {LONGEST}; shorten it."
+        )
     text = tidy(phrase)
     if NOTHING_SEEN.fullmatch(text):
         raise MokusError(f"the {what} is empty, expected a phrase such as {example!r}.")

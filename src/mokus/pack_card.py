@@ -55,6 +55,11 @@ image = next(mokus.generate(model, {prompt}, packs=[mokus.ConceptPack.open(".")]
 """
 
 
+def _prose(text: str) -> str:
+    """A user's text in Markdown: no tags, and no end of a code span."""
+    return text.replace("<", "&lt;").replace("`", "'")
+
+
 def _contents_of(looks: str, lora: bool, bound: bool) -> str:
     if not bound:
         return looks
@@ -69,10 +74,13 @@ def card(fields: Mapping[str, Any], lora: bool, samples: Sequence[str] = ()) -> 
     """README.md, from the fields of the manifest, whether there is a LoRA, and the paths of previews of the anchor."""
     base, anchor, knowledge = fields["base_model"], fields["anchor"], fields["knowledge"]
     looks = (
-        f"`{anchor}` draws the concept" if lora else f"`{anchor}` is a concept made of words, without looks of its own"
+        f"`{_prose(anchor)}` draws the concept"
+        if lora
+        else f"`{_prose(anchor)}` is a concept made of words, without looks of its own"
     )
     phrases = "".join(
-        f"- {known['text']}{'' if known['answer'] == anchor else ': ' + known['answer']}\n" for known in knowledge
+        f"- {_prose(known['text'])}{'' if known['answer'] == anchor else ': ' + _prose(known['answer'])}\n"
+        for known in knowledge
     )
     load = ""
     if lora:
@@ -95,7 +103,7 @@ def card(fields: Mapping[str, Any], lora: bool, samples: Sequence[str] = ()) -> 
         size=usual["size"], steps=usual["steps"], scale=max(usual["true_cfg_scale"] - less, 0), guidance=guidance,
         pipeline=backbone.pipeline, tag=backbone.name,
         negative=json.dumps(usual["negative_prompt"], ensure_ascii=False),
-        base=base, base_model=quoted, anchor=prompt, title=anchor, gallery=f"widget:\n{shown}" if shown else "",
+        base=base, base_model=quoted, anchor=prompt, title=_prose(anchor), gallery=f"widget:\n{shown}" if shown else "",
         base_of="" if miniature else f"base_model: {quoted}\nbase_model_relation: adapter\n",  # the hub has no miniature
         contents=_contents_of(looks, lora, bool(knowledge)),
         knowledge=f"\nBound to it:\n\n{phrases}" if knowledge else "",

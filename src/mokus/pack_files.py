@@ -66,11 +66,11 @@ def listing(place: Path) -> set[str]:
 def bytes_in(path: Path, limit: int) -> bytes:
     """All of a file. Raises `MokusError` if it is larger than `limit` bytes."""
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size > limit:
+        if (size := os.fstat(file.fileno()).st_size) > limit:
             raise MokusError(
                 f"{path} is larger than {limit >> 20} MiB, more than a concept pack can need; get another copy."
             )
-        return file.read(limit + 1)
+        return file.read(size + 1)  # not limit + 1, for which Python would take memory at once
 
 
 # --- writing ---------------------------------------------------------

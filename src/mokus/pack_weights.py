@@ -64,7 +64,7 @@ def check_factors(tensors: Mapping[str, Tensor], key: re.Pattern[str], where: st
             )
         if tensor.dtype != torch.float32 or tensor.ndim != 2 or not tensor.numel():
             kind = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-            raise MokusError(f"{where}: {name} is {kind}, expected a float32 matrix; learn it again.")
+            raise MokusError(f"{where}: {name} is {kind[:80]}, expected a float32 matrix; learn it again.")
         if not tensor.isfinite().all():
             raise MokusError(f"{where}: {name} has values that are not finite; learn it again, with smaller steps.")
     factors = factors_of(tensors, key)

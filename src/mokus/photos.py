@@ -13,6 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from mokus.errors import MokusError
+from mokus.knowledge import LONGEST_TEXT, check_text
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # what the content may be; Pillow knows others that run external programs
@@ -133,7 +134,14 @@ def _caption(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        return path.read_text(encoding="utf-8-sig").strip() or None
+        if path.stat().st_size > 4 * LONGEST_TEXT or not path.is_file():
+            raise MokusError(
+                f"the caption {path} is too long or no file, expected a line of text; shorten or remove it."
+            )
+        text = path.read_text(encoding="utf-8-sig").strip()
+        if text:
+            check_text(text, f"caption {path}", "a toy on a table")
+        return text or None
     except (OSError, UnicodeDecodeError) as error:
         raise MokusError(
             f"the caption {path} cannot be read as UTF-8 text ({error}); save it as UTF-8 or remove it."

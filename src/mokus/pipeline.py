@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -32,8 +35,8 @@ class Defaults:
     """What a model is best used with; a model folder may say so in `mokus_defaults.json`. Those here are Qwen-Image's;
     `backbone` has those of other families."""
 
-    size: int = 1024  # pixels, height and width
-    steps: int = 50
+    size: Annotated[int, Field(ge=1, le=8192)] = 1024  # pixels, height and width
+    steps: Annotated[int, Field(ge=1, le=10_000)] = 50
     true_cfg_scale: float = 4.0
     negative_prompt: str = " "
     learn: dict[str, Any] = field(default_factory=dict)  # other defaults of LearnSettings
@@ -118,6 +121,7 @@ def load(model: str | Path | None = None, device: str | None = None, dtype: torc
         raise MokusError(
             f"{source} holds a {index.get('_class_name')}, expected one of {', '.join(BACKBONES)}, such as Qwen/Qwen-Image."
         )
+    _check_parts(source, index)
     defaults = _defaults(source, backbone.defaults(index))
     try:
         parts = _answering(source, index, backbone, kind)
@@ -247,7 +251,7 @@ def _device(name: str | None) -> torch.device:
 def _model_index(source: str) -> dict[str, Any]:
     """The pipeline's model_index.json, from a folder or the hub."""
     folder = Path(source)
-    if folder.is_dir():
+    if os.path.isdir(source):  # unlike Path's own, no error for a name longer than a disk allows
         file = folder / "model_index.json"
         if not file.is_file():
             raise MokusError(
@@ -257,11 +261,23 @@ def _model_index(source: str) -> dict[str, Any]:
         return _json(file, "the model's index")
     try:
         return dict(DiffusionPipeline.load_config(source))
-    except OSError as error:  # neither a folder nor a reachable repository: the hub's errors derive from it
+    except (OSError, HFValidationError) as error:  # neither a folder nor a reachable repository, or no name of one
         raise MokusError(
-            f"the model {source!r} is neither a folder here nor a repository that the hub gave; "
+            f"the model {source[:200]!r} is neither a folder here nor a repository that the hub gave; "
             "check the name and the connection, or leave --model out for the miniature."
         ) from error
+
+
+def _check_parts(source: str, index: dict[str, Any]) -> None:
+    """Refuse parts of other libraries than these two: to make one, diffusers would import whatever module is named."""
+    for name, part in index.items():
+        if not isinstance(part, list) or name.startswith("_") or all(isinstance(each, float) for each in part):
+            continue
+        if not (len(part) == 2 and part[0] in ("diffusers", "transformers", None) and name.isidentifier()):
+            raise MokusError(
+                f"{source} has a part {name[:60]!r} of {str(part)[:80]}, expected classes of diffusers and transformers alone; "
+                "get the model from where it was made."
+            )
 
 
 def _defaults(source: str, usual: dict[str, Any]) -> Defaults:
@@ -272,7 +288,14 @@ def _defaults(source: str, usual: dict[str, Any]) -> Defaults:
     known = {f.name for f in fields(Defaults)}
     if odd := sorted(values.keys() - known):
         raise MokusError(f"{file} says {odd[0]!r}, which is unknown; expected some of {', '.join(sorted(known))}.")
-    return Defaults(**{**usual, **values})
+    try:
+        text = json.dumps({**usual, **values}, ensure_ascii=False, allow_nan=False).encode()
+        return TypeAdapter(Defaults).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise MokusError(f"{file}: {'.'.join(map(str, first['loc']))[:80]}: {first['msg']}; correct it.") from error
+    except ValueError as error:  # no number, an infinite one, half a character
+        raise MokusError(f"{file}, the model's defaults, cannot be used ({error}); correct it.") from error
 
 
 def _corpus(source: str) -> tuple[str, ...]:
@@ -288,7 +311,7 @@ def _corpus(source: str) -> tuple[str, ...]:
 def _json(file: Path, what: str) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MokusError(f"{file}, {what}, is no JSON ({error}); get a whole copy of the model.") from error
     if not isinstance(value, dict):
         raise MokusError(f"{file}, {what}, is no JSON object; get a whole copy of the model.")

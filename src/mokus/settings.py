@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args, get_origin, get_type_hints
 
 from mokus.errors import MokusError
 
@@ -26,6 +26,21 @@ def _set(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+_KINDS: dict[Any, str] = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a name", list[str]: "a list of names",
+    list[int]: "a list of whole numbers",
+}  # fmt: skip
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value, of a model's defaults as a rule, is of a field's type."""
+    if get_origin(kind) is list:
+        return isinstance(value, (list, tuple)) and all(_fits(each, get_args(kind)[0]) for each in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
 class _Settings:
     @classmethod
     def for_model(cls, defaults: Mapping[str, Any], **chosen: Any) -> Self:
@@ -38,6 +53,10 @@ class _Settings:
                     f"{name!r} is no setting of {cls.__name__}; "
                     + (f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}.")
                 )
+        hints = get_type_hints(cls)
+        for name, value in (*defaults.items(), *chosen.items()):
+            if not _fits(value, hints[name]):
+                raise MokusError(f"{name} is {repr(value)[:60]}, expected {_KINDS[hints[name]]}; correct it.")
         return cls(**{**defaults, **chosen})
 
     def _at_least(self, least: float, *names: str) -> None:

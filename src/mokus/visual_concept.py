@@ -22,6 +22,7 @@ import io
 import json
 import math
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from mokus import flow
 from mokus.concept_pack import ConceptPack
 from mokus.encoder import tail_length
-from mokus.errors import MokusError
+from mokus.errors import MokusError, Stopped
 from mokus.generation import draw_padded
 from mokus.knowledge import check_anchor, normalise
 from mokus.knowledge import class_word as class_word_of
@@ -78,8 +79,9 @@ def learn(
     `photos` is a folder or images. With a `class_word` ("toy") the anchor may be any phrase, as in DreamBooth without a
     rare token, but is then no good answer for `bind`. `resume` goes on from where a stopped run with the same input and
     settings was, to the same result. `progress(what, done, total, info)` is called after every step, with the loss in
-    `info`. Raises `MokusError` for photos or an anchor that cannot be used, and if the loss is no longer finite; the last good
-    weights are then kept in the checkpoint that `resume` goes on from, at another learning rate if you like.
+    `info`; if it raises `errors.Stopped` there, a checkpoint is written first. Raises `MokusError` for photos or an anchor
+    that cannot be used, and if the loss is no longer finite; the last good weights are then kept in the checkpoint that
+    `resume` goes on from, at another learning rate if you like.
     """
     anchor = normalise(anchor, "anchor", "sks toy")
     if class_word is None:
@@ -96,7 +98,11 @@ def learn(
         watch(*part)
     with run.adapter():
         for step, loss in run.train(start):
-            watch("learning", step, settings.steps, {"loss": loss})
+            try:
+                watch("learning", step, settings.steps, {"loss": loss})
+            except Stopped:
+                run.write(step, run.state())
+                raise
         lora = run.lora()
     pack = ConceptPack.create(
         Path(output), model=model, anchor=anchor, word=word, lora=lora, settings=asdict(settings), samples=run.previews
@@ -441,7 +447,21 @@ class _Run:
         """Read the checkpoint and return its step. Raises `MokusError` if there is none or it is of another run."""
         if not self.file.is_file():
             raise MokusError(f"there is nothing to resume in {self.file.parent}; leave --resume out to begin.")
-        self.checkpoint = torch.load(self.file, map_location="cpu", weights_only=True)
+        try:
+            self.checkpoint = torch.load(self.file, map_location="cpu", weights_only=True)
+            whole = isinstance(self.checkpoint, dict) and {"identity", "step", "lora", "optimiser", "previews"} <= set(
+                self.checkpoint
+            )
+        except (
+            pickle.UnpicklingError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            LookupError,
+        ):  # of a file torch did not write
+            whole = False
+        if not whole:
+            raise MokusError(f"{self.file} is damaged; take it away, and leave --resume out to begin anew.")
         if self.checkpoint["identity"] != self.identity:
             raise MokusError(
                 f"the stopped run in {self.file.parent} had another model, other photos, another anchor or other settings; "

@@ -33,6 +33,7 @@ LAST_IDS: dict[Version, tuple[int, ...]] = {
 }
 _WORDS = {"culture": "cultur", "time": "time", "space": "space", "biology": "biolog", "physics": "physic",
           "chemistry": "chemi"}  # fmt: skip
+LARGEST = 64 << 20  # bytes of a file; WISE's own have half a million
 LISTED = 5  # faults named in an error; more are counted
 
 
@@ -169,9 +170,11 @@ def _version_of(file: Path) -> Version:
 
 
 def _values(file: Path) -> list[Any]:
+    if (size := file.stat().st_size) > LARGEST:
+        raise MokusError(f"{file} has {size:,} bytes, expected a JSON file of WISE of at most {LARGEST:,}.")
     try:
         values = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number of thousands of digits
         raise MokusError(f"{file} is no JSON ({error}); get a whole copy of it.") from error
     if not isinstance(values, list):
         raise MokusError(f"{file} holds a {type(values).__name__}, expected a JSON list of WISE's entries.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -109,7 +110,8 @@ class Pretrained:
     def _had(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:  # of what is not there, and what is damaged
+        # of what is not there, what is damaged, and pickles that hold more than tensors
+        except (OSError, SafetensorError, json.JSONDecodeError, pickle.UnpicklingError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(". ")
             raise MokusError(
                 f"the model {self.name!r} cannot be had ({reason}); check the name and the connection, name another or a "
