@@ -38,13 +38,14 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from mokus import flow
+from mokus.compiled import blocks_compiled, check_compiler
 from mokus.concept_pack import ConceptPack
 from mokus.encoder import tail_length
 from mokus.errors import MokusError
 from mokus.knowledge import check_anchor, normalise
 from mokus.knowledge import class_word as class_word_of
 from mokus.photos import Photo, load_photos, photos_of
-from mokus.pipeline import encode, pad
+from mokus.pipeline import encode, pad, trimmed
 from mokus.places import PLACES, place_of
 from mokus.prior_prompts import OTHER_LOOKS, in_their_places, prior_prompts, references
 from mokus.processes import Processes
@@ -94,6 +95,8 @@ def learn(
     settings = settings or LearnSettings.for_model(model.defaults.learn)
     ConceptPack.check_place(output)
     _check_transformer(model, settings.targets)
+    if settings.compile:
+        check_compiler(model.device)
     loaded = _load(photos, model.defaults.size)
     team = trainer(processes or Processes())
     samples = settings.batch_size + (settings.prior_batch_size if settings.prior_weight else 0)
@@ -197,8 +200,8 @@ class _Run:
         self.prior = len(own)  # where these begin
         self.goals = self.prior + len(prior)
         tail = tail_length(self.model)
-        embeds, self.mask = pad(encodings)  # one length for all: (texts, s, d)
-        self.embeds = embeds.to(device)
+        embeds, mask = pad(encodings)  # one length for all: (texts, s, d)
+        self.embeds, self.mask = embeds.to(device), mask.cpu()
         ends = torch.tensor([len(e) for e in encodings])[:, None]
         self.tail_at = (ends - tail + torch.arange(tail)).to(device)  # (texts, tail)
         self.tails = torch.stack([e[-tail:] for e in encodings]).to(device)  # (texts, tail, d)
@@ -217,6 +220,7 @@ class _Run:
             with self.model.resident("text_encoder"):
                 asked = encode(self.model, [*(f"a {word} {place}" for place in PLACES), f"a {word}"])
             embeds, mask = pad(asked)
+            mask = mask.cpu()
         self.own_forms: list[str] = []
         with self.model.resident("transformer") if wanted else nullcontext():
             for i, photo in enumerate(self.photos):
@@ -294,7 +298,7 @@ class _Run:
         """
         device = self.model.device
         text = text.to(device)
-        embeds, mask = self.embeds[text], self.mask[text.cpu()]
+        embeds, mask = self.embeds[text], self.mask[text.cpu()]  # the mask stays on the host: see `trimmed`
         if goal is not None and way is not None:
             tails = torch.lerp(
                 self.tails[text], self.tails[goal.to(device)], way.to(device, embeds.dtype)[:, None, None]
@@ -308,8 +312,11 @@ class _Run:
         if pick is not None:
             embeds, mask = embeds[pick.to(embeds.device)], mask[pick.to(mask.device)]
         device, dtype = self.model.device, self.transformer.dtype
+        kept: Tensor | None = mask
+        if device.type != "cpu" and not self.settings.compile:  # other shapes: other rounding, and compiled anew
+            embeds, kept = trimmed(embeds, mask)
         z, t, embeds = (x.to(device, dtype) for x in (z, t, embeds))
-        return flow.velocity(self.network, z, t, embeds, mask.to(device), self.grid)
+        return flow.velocity(self.network, z, t, embeds, None if kept is None else kept.to(device), self.grid)
 
     # --- training -----------------------------------------------------
 
@@ -328,7 +335,8 @@ class _Run:
             for p in self.parameters:
                 p.data = p.data.float()
             try:
-                yield
+                with blocks_compiled(self.transformer, self.model.device) if s.compile else nullcontext():
+                    yield
             finally:
                 if saves_memory:
                     self.transformer.disable_gradient_checkpointing()
@@ -434,7 +442,9 @@ class _Run:
         """Draw the anchor as the CLI will, with guidance; kept for the pack's samples."""
         d, device = self.model.defaults, self.model.device
         embeds, mask = self.embeds, self.mask.to(device)  # the last texts are the anchor and the negative prompt
-        with self.model.resident("transformer", "vae"):
+        # compiled anew for a few images it would take longer
+        eagerly = torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext()
+        with self.model.resident("transformer", "vae"), eagerly:
             self.previews[f"step-{step:05d}.png"] = self.model.pipe(
                 prompt_embeds=embeds[-2:-1], prompt_embeds_mask=mask[-2:-1], negative_prompt_embeds=embeds[-1:],
                 negative_prompt_embeds_mask=mask[-1:], true_cfg_scale=d.true_cfg_scale, num_inference_steps=d.steps,
