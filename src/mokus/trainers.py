@@ -6,7 +6,8 @@ own. So a step has the same samples, and the loss the same course, however many 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class Alone:
     index, count = 0, 1
     first = True  # whether this process writes what there is to write
     sharded = False  # whether the weights are spread over the processes, and stay so
+    keeps = True  # whether the optimiser's state can be had, for checkpoints
 
     def prepare(self, network: nn.Module, optimiser: Any) -> tuple[Any, Any]:
         """The network to call and the optimiser to step instead of these."""
@@ -42,6 +44,10 @@ class Alone:
         """The nested state with whole tensors where it has shards; all processes call it."""
         return state
 
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Inside, these can be read where they are kept in pieces that are no tensors."""
+        return nullcontext()
+
     def load(self, optimiser: Any, state: Any) -> None:
         """Give the optimiser a whole state."""
         optimiser.load_state_dict(state)
@@ -51,22 +57,31 @@ class Alone:
 
 
 class Together(Alone):
-    """Several processes, by accelerate: with copies of the weights (DDP) or with shards of them (FSDP2), as its config says."""
+    """Several processes, by accelerate, as its config says: with copies of the weights (DDP) or shards of them (FSDP2, ZeRO-3).
+
+    What is here for ZeRO-3 has been written after DeepSpeed's documentation and has never been run.
+    """
 
     def __init__(self, processes: Processes) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
-        from accelerate.utils import DistributedType
+        from accelerate.utils import DistributedType, parse_flag_from_env
 
         self.processes = processes
         self.index, self.count, self.first = processes.index, processes.count, processes.first
         # the last block's text goes nowhere, so a LoRA there has no gradient
         loose = DistributedDataParallelKwargs(find_unused_parameters=True)
         cpu = processes.state.device.type == "cpu"
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[loose])
+        # the weights keep their dtype and the LoRA its float32; DeepSpeed has one dtype for all, its config's
+        precision = None if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else "no"
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[loose])
         _shard_on_cpus_too(self.accelerator)
-        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        kind = self.accelerator.distributed_type
+        self.zero3 = kind == DistributedType.DEEPSPEED
+        self.sharded, self.keeps = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED), not self.zero3
 
     def prepare(self, network: nn.Module, optimiser: Any) -> tuple[Any, Any]:
+        if self.zero3:  # it wants to know, and there is no data loader to ask
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
         network, optimiser = self.accelerator.prepare(network, optimiser)
         return network, optimiser
 
@@ -74,13 +89,21 @@ class Together(Alone):
         self.accelerator.backward(loss)
 
     def clip(self, parameters: Iterable[nn.Parameter], most: float) -> Tensor:
-        return _whole(self.accelerator.clip_grad_norm_(parameters, most))
+        norm = self.accelerator.clip_grad_norm_(parameters, most)
+        return _whole(norm) if isinstance(norm, Tensor) else torch.tensor(float(norm or 0.0))  # DeepSpeed's is a number
 
     def mean(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, "mean")
 
     def whole(self, state: Any) -> Any:
         return _whole(state)
+
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+        if not self.zero3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(parameters))
 
     def load(self, optimiser: Any, state: Any) -> None:
         from torch.distributed.tensor import DTensor, distribute_tensor

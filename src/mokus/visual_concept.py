@@ -105,6 +105,10 @@ def learn(
             f"a step has {samples} samples and there are {team.count} processes, which would be idle; start at most "
             f"{samples}, or raise --batch-size and --prior-batch-size."
         )
+    if resume and not team.keeps:
+        raise MokusError(
+            "with DeepSpeed there are no checkpoints to resume from; use runs/fsdp2.yaml or runs/ddp.yaml."
+        )
     run = _Run(model, loaded, anchor, word, Path(output), settings, team)
     start = run.load_checkpoint() if resume else 0
     watch = progress or (lambda what, done, total, info: None)
@@ -431,11 +435,12 @@ class _Run:
     def lora(self) -> dict[str, Tensor]:
         """The LoRA with diffusers' key names, its scale folded into B, float32 on the CPU."""
         scale = self.settings.alpha / self.settings.rank
-        state = self.team.whole(get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER))
-        return {
-            f"transformer.{key}": (value * scale if "lora_B" in key else value).detach().float().cpu().contiguous()
-            for key, value in state.items()
-        }
+        with self.team.gathered(self.parameters):
+            state = self.team.whole(get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER))
+            return {
+                f"transformer.{key}": (value * scale if "lora_B" in key else value).detach().float().cpu().contiguous()
+                for key, value in state.items()
+            }
 
     @torch.no_grad()
     def preview(self, step: int) -> None:
@@ -468,13 +473,15 @@ class _Run:
 
     def state(self) -> dict[str, Any]:
         """A copy of the weights and of the optimiser's moments."""
+        if not self.team.keeps:
+            return {}
         lora = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
         return copy.deepcopy({"lora": lora, "optimiser": self.optimiser.state_dict()})
 
     def write(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint, whole or not at all."""
         state = self.team.whole(state)
-        if not self.team.first:
+        if not (self.team.first and self.team.keeps):
             return
         previews = {name: torch.from_numpy(np.array(image)) for name, image in self.previews.items()}
         torch.save({"identity": self.identity, "step": step, "previews": previews, **state}, whole := io.BytesIO())
