@@ -103,7 +103,7 @@ def launched(config: str, *arguments: str) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
-        [*launch, "--num_processes", "2", *arguments], env=environment, capture_output=True, text=True, timeout=540
+        [*launch, "--num_processes", "2", *arguments], env=environment, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
