@@ -132,8 +132,11 @@ def test_two_processes_learn_what_one_does(
     begun = mokus.learn(pico, images, ANCHOR, tmp_path / "begun.pack", settings=SETTINGS, resume=True)
     for other in (begun, mokus.ConceptPack.open(tmp_path / "ended.pack")):
         lora = other.lora()
-        for key, value in pack.lora().items():
-            torch.testing.assert_close(lora[key], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()) + 1e-9)
+        for (
+            key,
+            value,
+        ) in pack.lora().items():  # as a whole: where a gradient is nearly 0, Adam makes much of its rounding
+            assert (lora[key] - value).norm() <= 1e-3 * value.norm(), key
         assert [file.name for file in (other.path / "samples").iterdir()] == ["step-00006.png"]
     assert not list(tmp_path.glob(".*.learning"))
 
@@ -151,15 +154,15 @@ def test_the_samples_of_a_step_are_shared_out(
 ) -> None:
     """The mean of the processes' losses, and so of their gradients, is the loss of one."""
     settings = replace(SETTINGS, preview_every=0)
+    photos = visual_concept._load(images, SIZE)
+    run = visual_concept._Run(pico, photos, ANCHOR, "toy", tmp_path / "a.pack", settings)
+    for _ in run.prepare():
+        pass
     losses = []
-    for part in (Alone(), *(_Part(i, count) for i in range(count))):
-        photos = visual_concept._load(images, SIZE)
-        run = visual_concept._Run(pico, photos, ANCHOR, "toy", tmp_path / "a.pack", settings, part)
-        for _ in run.prepare():
-            pass
+    for run.team in (Alone(), *(_Part(i, count) for i in range(count))):
         losses.append(float(run.loss(torch.Generator().manual_seed(7))))
     assert sum(losses[1:]) / count == pytest.approx(losses[0], rel=1e-5)
-    assert len({round(loss, 3) for loss in losses}) == count + 1
+    assert all(abs(loss - losses[0]) > 1e-3 for loss in losses[1:])  # none has all samples
 
 
 def test_more_processes_than_samples_are_refused(
