@@ -16,10 +16,10 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mokus import pipeline
+from mokus import flow, pipeline
 from mokus.editors import settings_of
 from mokus.errors import MokusError
-from mokus.pipeline import Defaults, Model, encode, pad
+from mokus.pipeline import Defaults, Model, encode, pad, trimmed
 from mokus.settings import EditSettings, LearnSettings
 
 from .conftest import SIZE, STEPS
@@ -47,6 +47,21 @@ def edit_json(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompts", [("a red ball", "a red ball"), ("x", "a red ball in the snow", "a red ball")])
+def test_without_common_padding_velocities_are_the_same(pico: Model, prompts: tuple[str, ...]) -> None:
+    n, random = len(prompts), torch.Generator().manual_seed(0)
+    embeds, mask = pad(encode(pico, [*prompts, "the favourite toy of Anna in the snow, a picture of it at night"]))
+    embeds, mask = embeds[:n], mask[:n]
+    shorter, kept = trimmed(embeds, mask)
+    assert shorter.shape[1] < embeds.shape[1] and (kept is None) == (len(set(prompts)) == 1)
+    z, t = torch.randn(n, 16, 32, generator=random), torch.linspace(0.2, 0.8, n)
+    with torch.no_grad():
+        found, wanted = (
+            flow.velocity(pico.pipe.transformer, z, t, e, m, (4, 4)) for e, m in ((shorter, kept), (embeds, mask))
+        )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_templates_prefix_is_34_tokens(pico: Model) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mokus.concept_pack import ConceptPack
     from mokus.knowledge_update import Edit
     from mokus.low_rank import Shifts
+    from mokus.processes import Processes
 
 app = typer.Typer(
     cls=Commands,
@@ -76,11 +77,21 @@ SeedsOption = Annotated[str, typer.Option(help="Numbers and ranges: 0-3 or 0,5,7
 @settings_options(LearnSettings)
 def learn(
     photos: Annotated[
-        Path, typer.Argument(metavar="PHOTOS", help="A folder of jpg, png or webp photos, at least one.")
-    ],
-    anchor: Annotated[str, typer.Option(help="A rare token and the class word: 'sks toy'.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="PACK", help="Where the concept pack goes.")],
+        Path | None,
+        typer.Argument(metavar="PHOTOS", show_default=False, help="A folder of jpg, png or webp photos, at least one."),
+    ] = None,
+    anchor: Annotated[str | None, typer.Option(help="A rare token and the class word: 'sks toy'.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="PACK", help="Where the concept pack goes.")
+    ] = None,
     *,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Many concepts instead: a YAML list of photos, anchor, output and, if wanted, settings. Again it does the rest.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of a stopped run of the same command.")
     ] = False,
@@ -92,22 +103,43 @@ def learn(
     as_json: JsonOption = False,
     chosen: dict[str, Any],
 ) -> None:
-    """Learn what a concept looks like from a few photos (stage 1)."""
+    """Learn what a concept looks like from a few photos (stage 1).
+
+    By several processes, or many concepts: docs/several_gpus.md. With --batch the exit code is 1 if some concept failed.
+    """
+    if batch is not None:
+        if photos is not None or anchor is not None or output is not None or resume or overwrite:
+            raise MokusError(
+                "--batch has photos, anchors and outputs in its file and goes on where it was stopped; leave out PHOTOS, "
+                "--anchor, --output, --resume and --overwrite."
+            )
+        return _learn_batch(batch, model, device, as_json, chosen)
+    if photos is None or anchor is None or output is None:
+        missing = "argument 'PHOTOS'" if photos is None else f"option '--{'anchor' if anchor is None else 'output'}'"
+        raise MokusError(
+            f"Missing {missing}: expected PHOTOS, --anchor and --output, or --batch with a file of many concepts; "
+            "see 'mokus learn --help'."
+        )
     _check_free(output, overwrite)
     _check_photos(photos)
-    loaded = load_model(model, device)
+    processes = _processes(device)
+    loaded = load_model(model, processes.device or device)
     from mokus.visual_concept import checkpoint_of, learn
 
     began = time.perf_counter()
     settings = LearnSettings.for_model(loaded.defaults.learn, **chosen)
     try:
-        with Bars() as progress:
-            pack = learn(loaded, photos, anchor, output, settings=settings, resume=resume, progress=progress)
+        with Bars(hidden=not processes.first) as progress:
+            pack = learn(
+                loaded, photos, anchor, output, settings=settings, resume=resume, progress=progress, processes=processes
+            )
     except KeyboardInterrupt:
         if checkpoint_of(output).is_file():
             note(f"--resume goes on from the last checkpoint; there is one every {settings.checkpoint_every} steps.")
         raise
     seconds = time.perf_counter() - began
+    if not processes.first:
+        return
     if as_json:
         return print_json({**_summary(pack), "seconds": seconds})
     typer.echo(f"learned {pack.anchor!r} in {seconds:.1f} s: {pack.path}")
@@ -458,6 +490,44 @@ def editing(
 packs_cli.register(app)
 
 # --- shared by the commands ---------------------------------------------------------
+
+
+def _learn_batch(
+    file: Path, model: str | None, device: str | None, as_json: bool, chosen: dict[str, Any]
+) -> None:  # fmt: skip
+    """`mokus learn --batch`."""
+    from mokus.concept_batch import learn_all, read_concepts, told
+
+    concepts = read_concepts(file)
+    LearnSettings(**chosen)  # what is wrong with all of them is said once
+    processes = _processes(device)
+    loaded = load_model(model, processes.device or device)
+
+    def bars() -> Bars:
+        return Bars(transient=True, hidden=not processes.first)
+
+    outcomes = learn_all(loaded, concepts, chosen, processes, bars, say=note)
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if processes.first and as_json:
+        print_json([vars(outcome) for outcome in outcomes])
+    elif processes.first:
+        typer.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} concepts are there")
+        for outcome in failed:
+            typer.echo(told(outcome))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _processes(device: str | None) -> Processes:
+    """Those that were launched; each has a device of its own, so none is to be named."""
+    from mokus.processes import Processes
+
+    found = Processes.of_environment()
+    if found.count > 1 and device is not None:
+        raise MokusError(
+            f"--device got {device}, but {found.count} processes were launched, each with a device of its own; leave it out."
+        )
+    return found
 
 
 def _check_photos(folder: Path) -> None:

@@ -121,15 +121,15 @@ def load_model(model: str | None, device: str | None = None, dtype: Any = None) 
 class Bars:
     """A `progress(what, done, total, info)` callback that draws one bar per `what`, with the time left, on stderr.
 
-    `transient`: the bars go away at the end. Where stderr is not a terminal nothing is drawn.
+    `transient`: the bars go away at the end. Where stderr is not a terminal, or if they are `hidden`, nothing is drawn.
     """
 
-    def __init__(self, transient: bool = False) -> None:
+    def __init__(self, transient: bool = False, hidden: bool = False) -> None:
         self._tasks: dict[str, TaskID] = {}
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True), TextColumn("[dim]{task.fields[info]}"),
-            console=err, disable=not err.is_terminal, transient=transient,
+            console=err, disable=hidden or not err.is_terminal, transient=transient,
         )  # fmt: skip
 
     def __enter__(self) -> Bars:

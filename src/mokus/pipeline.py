@@ -201,6 +201,16 @@ def pad(encodings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return embeds, torch.arange(embeds.shape[1], device=embeds.device)[None] < lengths[:, None]
 
 
+def trimmed(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A batch of encodings (b, s, d) without the padding that all of them have; no mask if none is left.
+
+    Without a mask attention has its fastest kernel on a GPU. A mask (b, s) in host memory is read without waiting for one.
+    """
+    lengths = mask.sum(dim=1)
+    longest = int(lengths.max())
+    return embeds[:, :longest], None if bool((lengths == longest).all()) else mask[:, :longest]
+
+
 def fingerprint(pipe: Any) -> str:
     """sha256 over the components' configs, the vocabulary, and each weight's name, shape and 64 of its values as bfloat16.
 

@@ -91,6 +91,10 @@ class LearnSettings(_Settings):
     flip: bool = _set(False, "Mirror photos at random.")
     preview_every: int = _set(0, "Draw the anchor every so many steps; 0 is never.")
     checkpoint_every: int = _set(100, "Steps between the checkpoints that --resume goes on from.")
+    compile: bool = _set(
+        False,
+        "Compile the image transformer's blocks: a minute at first, then faster steps; on a CPU by a C++ compiler.",
+    )
     seed: int = _set(0, "Equal seeds on the same machine give equal bytes; on a GPU nearly so.")
 
     def __post_init__(self) -> None:

@@ -29,13 +29,13 @@ from mokus.knowledge import QUESTION_FORMS, check_text, hidden, normalise
 from mokus.knowledge_update import Edit, Progress, answer_of, ask, check_meaning, edit
 from mokus.low_rank import Shifts, applied
 from mokus.settings import EditSettings
+from mokus.yaml_list import entries
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model
 
 BEFORE, AFTER, ANSWER = "before", "after", "the answer itself"
 OTHER_QUESTIONS = ("Could you say what {} is?", "What do you think {} is?")  # asked, never edited
-LARGEST = 1 << 20  # bytes of a file of cases
 FIELDS = ("ask", "answer", "prompt", "prompts", "knowledge")
 
 _QUESTION = re.compile(r"(?:what|who|which \w+|where) (?:is|are|was|were) (?P<it>.+?) ?\?", re.IGNORECASE)
@@ -306,28 +306,8 @@ def read_cases(path: Path) -> list[Case]:
 
     Raises `MokusError` with the line and the number of the entry for whatever is wrong with it.
     """
-    if not path.is_file():
-        raise MokusError(f"{path} is {'not a file' if path.exists() else 'not there'}, expected a YAML file of cases.")
-    if path.stat().st_size > LARGEST:
-        raise MokusError(f"{path} is larger than {LARGEST >> 20} MiB, expected a list of cases; split it.")
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
-    except UnicodeDecodeError as error:
-        raise MokusError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise MokusError(
-            f"{path}, line {mark.line + 1}: this is no YAML ({error.problem}); quote texts with ': '."
-        ) from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise MokusError(f"{path} is no YAML ({str(error).splitlines()[0]}); write a list of cases.") from error
-    if not isinstance(node, yaml.SequenceNode) or not node.value:
-        raise MokusError(
-            f"{path} holds no list, expected entries such as '- ask: What is ...?' with 'answer: ...' below."
-        )
-    return [
-        _case(entry, f"{path}, line {entry.start_mark.line + 1}, entry {i}") for i, entry in enumerate(node.value, 1)
-    ]
+    found = entries(path, "cases", "'- ask: What is ...?' with 'answer: ...' below")
+    return [_case(entry, where) for entry, where in found]
 
 
 def _case(entry: yaml.Node, where: str) -> Case:

@@ -38,6 +38,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from mokus import flow
+from mokus.compiled import blocks_compiled, check_compiler
 from mokus.concept_pack import ConceptPack
 from mokus.encoder import tail_length
 from mokus.errors import MokusError, Stopped
@@ -45,10 +46,12 @@ from mokus.generation import draw_padded
 from mokus.knowledge import check_anchor, normalise
 from mokus.knowledge import class_word as class_word_of
 from mokus.photos import Photo, load_photos, photos_of
-from mokus.pipeline import encode, pad
+from mokus.pipeline import encode, pad, trimmed
 from mokus.places import PLACES, place_of
 from mokus.prior_prompts import OTHER_LOOKS, in_their_places, prior_prompts, references
+from mokus.processes import Processes
 from mokus.settings import LearnSettings
+from mokus.trainers import Alone, trainer
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model
@@ -73,15 +76,19 @@ def learn(
     settings: LearnSettings | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> ConceptPack:
     """Learn the concept on the photos as `anchor` ("sks toy") and write its pack, without any knowledge, to `output`.
 
     `photos` is a folder or images. With a `class_word` ("toy") the anchor may be any phrase, as in DreamBooth without a
     rare token, but is then no good answer for `bind`. `resume` goes on from where a stopped run with the same input and
     settings was, to the same result. `progress(what, done, total, info)` is called after every step, with the loss in
-    `info`; if it raises `errors.Stopped` there, a checkpoint is written first. Raises `MokusError` for photos or an anchor
-    that cannot be used, and if the loss is no longer finite; the last good weights are then kept in the checkpoint that
-    `resume` goes on from, at another learning rate if you like.
+    `info`; if it raises `errors.Stopped` there, a checkpoint is written first. With `processes`, which learn it together, each
+    of them calls this with a model of its own and the first one writes, to a folder that all of them see; sharded weights stay
+    so, and such a process can do nothing else with its model.
+
+    Raises `MokusError` for photos or an anchor that cannot be used, and if the loss is no longer finite; the last good
+    weights are then kept in the checkpoint that `resume` goes on from, at another learning rate if you like.
     """
     anchor = normalise(anchor, "anchor", "sks toy")
     if class_word is None:
@@ -90,8 +97,21 @@ def learn(
     settings = settings or LearnSettings.for_model(model.defaults.learn)
     ConceptPack.check_place(output)
     _check_transformer(model, settings.targets)
+    if settings.compile:
+        check_compiler(model.device)
     loaded = _load(photos, model.defaults.size)
-    run = _Run(model, loaded, anchor, word, Path(output), settings)
+    team = trainer(processes or Processes())
+    samples = settings.batch_size + (settings.prior_batch_size if settings.prior_weight else 0)
+    if team.count > samples:
+        raise MokusError(
+            f"a step has {samples} samples and there are {team.count} processes, which would be idle; start at most "
+            f"{samples}, or raise --batch-size and --prior-batch-size."
+        )
+    if resume and not team.keeps:
+        raise MokusError(
+            "with DeepSpeed there are no checkpoints to resume from; use runs/fsdp2.yaml or runs/ddp.yaml."
+        )
+    run = _Run(model, loaded, anchor, word, Path(output), settings, team)
     start = run.load_checkpoint() if resume else 0
     watch = progress or (lambda what, done, total, info: None)
     for part in run.prepare():
@@ -104,11 +124,13 @@ def learn(
                 run.write(step, run.state())
                 raise
         lora = run.lora()
-    pack = ConceptPack.create(
-        Path(output), model=model, anchor=anchor, word=word, lora=lora, settings=asdict(settings), samples=run.previews
-    )
-    run.remove_checkpoint()
-    return pack
+    if team.first:
+        ConceptPack.create(
+            output, model=model, anchor=anchor, word=word, lora=lora, settings=asdict(settings), samples=run.previews
+        )
+        run.remove_checkpoint()
+    team.wait()
+    return ConceptPack.open(Path(output))
 
 
 def checkpoint_of(output: Path) -> Path:
@@ -157,10 +179,12 @@ class _Run:
     """One learning run: what is computed once, and the training."""
 
     def __init__(
-        self, model: Model, photos: list[Photo], anchor: str, word: str, output: Path, settings: LearnSettings
-    ) -> None:
+        self, model: Model, photos: list[Photo], anchor: str, word: str, output: Path, settings: LearnSettings,
+        team: Alone | None = None,
+    ) -> None:  # fmt: skip
+        self.team = team or Alone()
         self.model, self.photos, self.anchor, self.word, self.settings = model, photos, anchor, word, settings
-        self.transformer = model.pipe.transformer
+        self.transformer = self.network = model.pipe.transformer  # whose weights; what is called, which wraps it
         self.file = checkpoint_of(output)
         self.grid = model.grid(model.defaults.size)
         self.previews: dict[str, Image.Image] = {}
@@ -194,8 +218,8 @@ class _Run:
         self.prior = len(own)  # where these begin
         self.goals = self.prior + len(prior)
         tail = tail_length(self.model)
-        embeds, self.mask = pad(encodings)  # one length for all: (texts, s, d)
-        self.embeds = embeds.to(device)
+        embeds, mask = pad(encodings)  # one length for all: (texts, s, d)
+        self.embeds, self.mask = embeds.to(device), mask.cpu()
         ends = torch.tensor([len(e) for e in encodings])[:, None]
         self.tail_at = (ends - tail + torch.arange(tail)).to(device)  # (texts, tail)
         self.tails = torch.stack([e[-tail:] for e in encodings]).to(device)  # (texts, tail, d)
@@ -214,6 +238,7 @@ class _Run:
             with self.model.resident("text_encoder"):
                 asked = encode(self.model, [*(f"a {word} {place}" for place in PLACES), f"a {word}"])
             embeds, mask = pad(asked)
+            mask = mask.cpu()
         self.own_forms: list[str] = []
         with self.model.resident("transformer") if wanted else nullcontext():
             for i, photo in enumerate(self.photos):
@@ -283,7 +308,7 @@ class _Run:
         """
         device = self.model.device
         text = text.to(device)
-        embeds, mask = self.embeds[text], self.mask[text.cpu()]
+        embeds, mask = self.embeds[text], self.mask[text.cpu()]  # the mask stays on the host: see `trimmed`
         if goal is not None and way is not None:
             tails = torch.lerp(
                 self.tails[text], self.tails[goal.to(device)], way.to(device, embeds.dtype)[:, None, None]
@@ -297,8 +322,12 @@ class _Run:
         if pick is not None:
             embeds, mask = embeds[pick.to(embeds.device)], mask[pick.to(mask.device)]
         device, dtype = self.model.device, self.transformer.dtype
+        kept: Tensor | None = mask
+        if device.type != "cpu" and not self.settings.compile:  # other shapes: other rounding, and compiled anew
+            embeds, kept = trimmed(embeds, mask)
         z, embeds = (x.to(device, dtype) for x in (z, embeds))
-        return self.model.backbone.velocity(self.transformer, z, t.to(device), embeds, mask.to(device), self.grid)
+        kept = None if kept is None else kept.to(device)
+        return self.model.backbone.velocity(self.network, z, t.to(device), embeds, kept, self.grid)
 
     # --- training -----------------------------------------------------
 
@@ -317,27 +346,36 @@ class _Run:
             for p in self.parameters:
                 p.data = p.data.float()
             try:
-                yield
+                with blocks_compiled(self.transformer, self.model.device) if s.compile else nullcontext():
+                    yield
             finally:
                 if saves_memory:
                     self.transformer.disable_gradient_checkpointing()
-                self.transformer.unload_lora()
-                self.transformer.requires_grad_(False)
+                self.network = self.transformer
+                if not self.team.sharded:
+                    self.transformer.unload_lora()
+                    self.transformer.requires_grad_(False)
 
     def train(self, start: int) -> Iterator[tuple[int, float]]:
         """Train from step `start` on; yields (steps done, loss). A step's randomness depends on its number alone."""
         s = self.settings
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=s.learning_rate, weight_decay=1e-4)
         if start:
-            self.restore()
+            set_peft_model_state_dict(self.transformer, self.checkpoint["lora"], adapter_name=ADAPTER)
+            self.previews = {name: Image.fromarray(x.numpy()) for name, x in self.checkpoint["previews"].items()}
+        optimiser = torch.optim.AdamW(self.parameters, lr=s.learning_rate, weight_decay=1e-4)
+        self.network, self.optimiser = self.team.prepare(self.transformer, optimiser)
+        self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]  # shards are others
+        if start:
+            self.team.load(self.optimiser, self.checkpoint["optimiser"])
         good, state = start, self.state()  # the last step at whose weights the loss was finite
         for step in range(start, s.steps):
             for group in self.optimiser.param_groups:
                 group["lr"] = s.learning_rate * _schedule(step, s.steps)
             loss = self.loss(torch.Generator().manual_seed((s.seed * 1_000_003 + step) % 2**63))
             self.optimiser.zero_grad()
-            loss.backward()
-            size = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.team.backward(loss)
+            size = self.team.clip(self.parameters, 1.0)
+            loss = self.team.mean(loss.detach())
             if not (torch.isfinite(loss) and torch.isfinite(size)):
                 self.write(good, state)
                 raise MokusError(
@@ -354,7 +392,10 @@ class _Run:
             yield done, loss.item()
 
     def loss(self, random: torch.Generator) -> Tensor:
-        """|| v(z_t, t, anchor) - (z1 - z0) ||^2 + weight || v(z_t, t, other) - v_base ||^2, all in one forward pass."""
+        """|| v(z_t, t, anchor) - (z1 - z0) ||^2 + weight || v(z_t, t, other) - v_base ||^2, all in one forward pass.
+
+        Of several processes' losses, each on its own samples, the mean is this.
+        """
         s, b = self.settings, self.settings.batch_size
         pick = torch.randint(len(self.latents), (b,), generator=random)
         z0, z1 = self.latents[pick].cpu(), torch.randn(b, *self.latents.shape[1:], generator=random)
@@ -373,8 +414,12 @@ class _Run:
             way = torch.cat(
                 [way, some * NEAR * torch.rand(rows.shape, generator=random).sqrt()]
             )  # more of them farther
-        each = flow.loss(self.velocity(z, t, text, goal, way), wanted.to(self.model.device))  # (b + prior,)
-        return each[:b].mean() + (s.prior_weight * each[b:].mean() if s.prior_weight else 0.0)
+        mine = torch.arange(self.team.index, len(t), self.team.count)
+        z, t, wanted, text, goal, way = (x[mine] for x in (z, t, wanted, text, goal, way))
+        own = int((mine < b).sum())
+        each = flow.loss(self.velocity(z, t, text, goal, way), wanted.to(self.model.device))  # (own + kept,)
+        preserved = s.prior_weight * (each[own:].sum() / s.prior_batch_size) if s.prior_weight else 0.0
+        return (each[:own].sum() / b + preserved) * self.team.count
 
     def concept_texts(self, photo: Tensor, restyled: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """For each photo (b,) the anchor's prompt or, in a share of them, a lender's, and how far its tail is moved to it.
@@ -397,20 +442,25 @@ class _Run:
     def lora(self) -> dict[str, Tensor]:
         """The LoRA with diffusers' key names, its scale folded into B, float32 on the CPU."""
         scale = self.settings.alpha / self.settings.rank
-        state = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
-        return {
-            f"transformer.{key}": (value * scale if "lora_B" in key else value).detach().float().cpu().contiguous()
-            for key, value in state.items()
-        }
+        with self.team.gathered(self.parameters):
+            state = self.team.whole(get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER))
+            return {
+                f"transformer.{key}": (value * scale if "lora_B" in key else value).detach().float().cpu().contiguous()
+                for key, value in state.items()
+            }
 
     @torch.no_grad()
     def preview(self, step: int) -> None:
         """Draw the anchor as the CLI will, with guidance; kept for the pack's samples."""
         embeds, mask = self.embeds, self.mask.to(self.model.device)  # the last texts: the anchor, the negative prompt
         told, unwanted = (embeds[-2:-1], mask[-2:-1]), (embeds[-1:], mask[-1:])
-        with self.model.resident("transformer", "vae"):
+        # compiled anew for a few images it would take longer
+        eagerly = torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext()
+        with self.model.resident("transformer", "vae"), eagerly:
             (image,) = draw_padded(self.model, told, unwanted, [self.settings.seed], asdict(self.model.defaults))
         self.previews[f"step-{step:05d}.png"] = image.convert("RGB")
+        if not self.team.first:  # sharded weights are needed of all
+            return
         self.file.parent.mkdir(parents=True, exist_ok=True)  # to be looked at while the training goes on
         self.previews[f"step-{step:05d}.png"].save(self.file.with_name(f"step-{step:05d}.png"))
 
@@ -427,11 +477,16 @@ class _Run:
 
     def state(self) -> dict[str, Any]:
         """A copy of the weights and of the optimiser's moments."""
+        if not self.team.keeps:
+            return {}
         lora = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
         return copy.deepcopy({"lora": lora, "optimiser": self.optimiser.state_dict()})
 
     def write(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint, whole or not at all."""
+        state = self.team.whole(state)
+        if not (self.team.first and self.team.keeps):
+            return
         previews = {name: torch.from_numpy(np.array(image)) for name, image in self.previews.items()}
         torch.save({"identity": self.identity, "step": step, "previews": previews, **state}, whole := io.BytesIO())
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -465,14 +520,9 @@ class _Run:
         if self.checkpoint["identity"] != self.identity:
             raise MokusError(
                 f"the stopped run in {self.file.parent} had another model, other photos, another anchor or other settings; "
-                "give the same ones to resume it, or leave --resume out to begin anew."
+                "give the same ones to resume it, or remove that folder to begin anew."
             )
         return int(self.checkpoint["step"])
-
-    def restore(self) -> None:
-        set_peft_model_state_dict(self.transformer, self.checkpoint["lora"], adapter_name=ADAPTER)
-        self.optimiser.load_state_dict(self.checkpoint["optimiser"])
-        self.previews = {name: Image.fromarray(x.numpy()) for name, x in self.checkpoint["previews"].items()}
 
     def remove_checkpoint(self) -> None:
         shutil.rmtree(self.file.parent, ignore_errors=True)

@@ -238,9 +238,9 @@ def _run(
     `last`: nothing comes after it, so what was drawn is said.
     """
     from mokus.bench.knowcusbench import run as runner
-    from mokus.bench.knowcusbench.distributed import Processes
     from mokus.bench.knowcusbench.manifest import load_suite
     from mokus.bench.knowcusbench.plan import make_plan
+    from mokus.processes import Processes
     from mokus.settings import LearnSettings
 
     loaded = load_suite(suite)
@@ -254,7 +254,7 @@ def _run(
     if several.first:
         expected = runner.estimate(engine, plan, output, batch_size)
         if not as_json:
-            _say(plan_lines(loaded, plan.items, expected, several.shard.count))
+            _say(plan_lines(loaded, plan.items, expected, several.count))
         if plan_only:
             if as_json:
                 print_json({"counts": loaded.counts(), **asdict(expected)})
@@ -267,7 +267,7 @@ def _run(
         several.wait()
         with Bars() if several.first else nullcontext() as progress:
             work = runner.Runner(engine, plan, output, batch_size, progress)
-            failed = work.run(several.shard, note)
+            failed = work.run(runner.Shard(several.index, several.count), note)
         failed = several.gathered(failed)
         if several.first:
             runner.write_training(plan, work.shelf, output)

@@ -4,38 +4,41 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
-from mokus.bench.knowcusbench.run import Shard
-
 T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)  # processes may wait for each other so long: one may have more to do than another
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process among the others."""
 
-    shard: Shard
-    device: str | None  # None: whatever is best
+    index: int = 0
+    count: int = 1
+    device: str | None = None  # None: whatever is best
     state: Any = None  # accelerate's, if there are several
 
     @classmethod
     def of_environment(cls) -> Processes:
         """As the launcher says."""
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return cls(Shard(), None)
+            return cls()
         import torch
         from accelerate import PartialState
         from accelerate.utils import parse_flag_from_env
 
         # without a GPU it would take every process for the only one, unless told so
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
-        return cls(Shard(state.process_index, state.num_processes), str(state.device), state)
+        cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+        state = PartialState(cpu=cpu, timeout=PATIENCE)
+        return cls(state.process_index, state.num_processes, str(state.device), state)
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that plans, shows progress and writes what is of all."""
-        return self.shard.index == 0
+        """Whether this is the one that shows progress and writes what is of all."""
+        return self.index == 0
 
     def wait(self) -> None:
         """Until all are here."""
