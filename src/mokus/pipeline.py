@@ -86,7 +86,7 @@ def load(model: str | Path | None = None, device: str | None = None, dtype: torc
     Raises `MokusError` if there is no such model, it is of another kind, or the device is not there.
     """
     where = _device(device)
-    source = str(files("mokus.miniature").joinpath("weights")) if model in (None, MINIATURE) else str(model)
+    source = _source(model)
     kind = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
     index = _model_index(source)
     if index.get("_class_name") != "QwenImagePipeline":
@@ -106,6 +106,15 @@ def load(model: str | Path | None = None, device: str | None = None, dtype: torc
         pipe.to(where)
     name = MINIATURE if model in (None, MINIATURE) else source
     return Model(pipe, name, fingerprint(pipe), defaults, where, _corpus(source), stays)
+
+
+def defaults_of(model: str | Path | None = None) -> Defaults:
+    """What `load` would find the model best used with, without loading it. Of one that is not on this disk, Qwen-Image's."""
+    return _defaults(_source(model))
+
+
+def _source(model: str | Path | None) -> str:
+    return str(files("mokus.miniature").joinpath("weights")) if model in (None, MINIATURE) else str(model)
 
 
 def has_room(pipe: QwenImagePipeline, device: torch.device) -> bool:
