@@ -227,6 +227,15 @@ class ConceptPack:
                 f"{above} is {'not writable' if above.is_dir() else 'not a folder'}, so {path} cannot be made."
             )
 
+    @staticmethod
+    @contextmanager
+    def lock_place(path: str | Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+        """`locked`, for a place where a pack need not be yet."""
+        place = Path(path).resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(place, seconds):
+            yield
+
     @classmethod
     def open(cls, path: str | Path) -> ConceptPack:
         """Read a pack, all of it. Raises `MokusError` if there is none or anything in it is not as it must be."""

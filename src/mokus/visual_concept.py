@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from mokus import flow
 from mokus.concept_pack import ConceptPack
 from mokus.encoder import tail_length
-from mokus.errors import MokusError
+from mokus.errors import MokusError, Stopped
 from mokus.knowledge import check_anchor, normalise
 from mokus.knowledge import class_word as class_word_of
 from mokus.photos import Photo, load_photos, photos_of
@@ -78,8 +78,9 @@ def learn(
     `photos` is a folder or images. With a `class_word` ("toy") the anchor may be any phrase, as in DreamBooth without a
     rare token, but is then no good answer for `bind`. `resume` goes on from where a stopped run with the same input and
     settings was, to the same result. `progress(what, done, total, info)` is called after every step, with the loss in
-    `info`. Raises `MokusError` for photos or an anchor that cannot be used, and if the loss is no longer finite; the last good
-    weights are then kept in the checkpoint that `resume` goes on from, at another learning rate if you like.
+    `info`; if it raises `errors.Stopped` there, a checkpoint is written first. Raises `MokusError` for photos or an anchor
+    that cannot be used, and if the loss is no longer finite; the last good weights are then kept in the checkpoint that
+    `resume` goes on from, at another learning rate if you like.
     """
     anchor = normalise(anchor, "anchor", "sks toy")
     if class_word is None:
@@ -96,7 +97,11 @@ def learn(
         watch(*part)
     with run.adapter():
         for step, loss in run.train(start):
-            watch("learning", step, settings.steps, {"loss": loss})
+            try:
+                watch("learning", step, settings.steps, {"loss": loss})
+            except Stopped:
+                run.write(step, run.state())
+                raise
         lora = run.lora()
     pack = ConceptPack.create(
         Path(output), model=model, anchor=anchor, word=word, lora=lora, settings=asdict(settings), samples=run.previews

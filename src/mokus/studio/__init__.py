@@ -1,0 +1,1 @@
+"""What runs for long: jobs in a worker process of their own, and a server of images over the same worker."""

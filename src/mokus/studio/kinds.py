@@ -1,0 +1,248 @@
+"""What a worker can do: one function per kind of job, which calls the library's public function of that name.
+
+They run in the worker's process. The process that asks imports this module for their names and parameters alone, so heavy
+libraries are imported inside. Paths are text, what they return is plain JSON.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mokus.errors import MokusError
+
+if TYPE_CHECKING:
+    from mokus.concept_pack import ConceptPack
+    from mokus.knowledge_update import Edit
+    from mokus.pipeline import Model
+    from mokus.settings import EditSettings
+
+BUSY_SECONDS = 5.0  # to wait for another process that works on the same pack
+
+Settings = Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a job needs to know of where it runs."""
+
+    model: Callable[[], Model]  # loads it the first time
+    folder: Path  # for its images
+    resuming: bool  # it was stopped, or crashed, before
+    progress: Callable[[str, int, int, dict[str, Any]], None]  # raises `Stopped` if the job shall end
+    show: Callable[[Path], None]  # tells of an image
+    seen: set[str] = field(default_factory=set)
+
+    def show_copy(self, image: Path) -> None:
+        """Tell of an image that will not stay where it is."""
+        if image.name not in self.seen and image.is_file():
+            self.seen.add(image.name)
+            shutil.copyfile(image, self.folder / image.name)
+            self.show(self.folder / image.name)
+
+
+@contextmanager
+def alone(*packs: str) -> Iterator[None]:
+    """Inside, no other process works on these packs, which need not be there yet. Raises `MokusError` if one does."""
+    from mokus.concept_pack import ConceptPack
+
+    with ExitStack() as held:
+        for pack in sorted({str(Path(pack).resolve()) for pack in packs}):
+            held.enter_context(ConceptPack.lock_place(pack, BUSY_SECONDS))
+        yield
+
+
+# --- the kinds ---------------------------------------------------------
+
+
+def learn(
+    task: Task, photos: str, anchor: str, output: str, class_word: str | None = None, overwrite: bool = False,
+    settings: Settings = None,
+) -> dict[str, Any]:  # fmt: skip
+    from mokus.settings import LearnSettings
+    from mokus.visual_concept import checkpoint_of, learn
+
+    place, began = Path(output), time.perf_counter()
+    model = task.model()
+    wanted = LearnSettings.for_model(model.defaults.learn, **(settings or {}))
+    checkpoint = checkpoint_of(place)
+
+    def watch(what: str, done: int, total: int, info: dict[str, Any]) -> None:
+        if what == "learning" and wanted.preview_every:
+            task.show_copy(checkpoint.with_name(f"step-{done:05d}.png"))
+        task.progress(what, done, total, info)
+
+    with alone(output):
+        _check_free(place, overwrite)
+        pack = learn(
+            model, Path(photos), anchor, place, class_word=class_word, settings=wanted,
+            resume=task.resuming and checkpoint.is_file(), progress=watch,
+        )  # fmt: skip
+    return {**_summary(pack), "seconds": time.perf_counter() - began}
+
+
+def bind(
+    task: Task, pack: str, knowledge: list[str], questions: list[str] | None = None, settings: Settings = None
+) -> list[dict[str, Any]]:
+    from mokus.knowledge_update import bind
+
+    opened, model = _open(pack), task.model()
+    with alone(pack):
+        edits = bind(
+            model, opened, *knowledge, questions=questions, settings=_editing(model, settings), progress=task.progress
+        )
+    return _told(edits)
+
+
+def unbind(task: Task, pack: str, knowledge: list[str]) -> dict[str, Any]:
+    from mokus.knowledge_update import unbind
+
+    opened = _open(pack)
+    unbind(opened, *knowledge)
+    return _summary(opened)
+
+
+def ask(task: Task, question: str, packs: Sequence[str] = (), prefer: str | None = None) -> dict[str, Any]:
+    from mokus.knowledge_update import ask
+    from mokus.together import shifts_of
+
+    opened, model = [_open(path) for path in packs], task.model()
+    for each in opened:
+        each.check_base(model)
+    return {"question": question, "answer": ask(model, question, shifts_of(opened, prefer))}
+
+
+def check(task: Task, pack: str) -> list[dict[str, Any]]:
+    """Every question of all that is bound, with all of it in place: does it still hold?"""
+    from mokus.knowledge_update import answer_of, ask
+
+    opened, model = _open(pack), task.model()
+    opened.check_base(model)
+    asked = [(known, question) for known in opened.knowledge for question in known.questions]
+    rows = []
+    for i, (known, question) in enumerate(asked):
+        task.progress("asking", i, len(asked), {"knowledge": known.text})
+        expected, answer = answer_of(known.answer), ask(model, question, [opened.shifts()])
+        rows.append({
+            "knowledge": known.text, "question": question, "expected": expected, "answer": answer,
+            "holds": answer.rstrip(".").lower() == expected.lower(),
+        })  # fmt: skip
+    task.progress("asking", len(asked), len(asked), {})
+    return rows
+
+
+def generate(
+    task: Task, prompts: list[str], packs: Sequence[str] = (), prefer: str | None = None, seeds: Sequence[int] = (0,),
+    steps: int | None = None, true_cfg_scale: float | None = None, size: int | None = None,
+    negative_prompt: str | None = None, batch_size: int = 8,
+) -> list[dict[str, Any]]:  # fmt: skip
+    from mokus.console import file_names
+    from mokus.generation import generate, save_png
+
+    opened, model = [_open(path) for path in packs], task.model()
+    results = generate(
+        model, prompts, packs=opened, seeds=seeds, batch_size=batch_size, steps=steps, true_cfg_scale=true_cfg_scale,
+        size=size, negative_prompt=negative_prompt, progress=task.progress, prefer=prefer,
+    )  # fmt: skip
+    names, rows = file_names(prompts), []
+    for each in results:
+        file = task.folder / f"{names[each.prompt]}-{each.seed}.png"
+        save_png(each, file)
+        task.show(file)
+        rows.append({"file": str(file), "prompt": each.prompt, "seed": each.seed, "settings": each.settings})
+    return rows
+
+
+def create(
+    task: Task, name: str, description: str, output: str, questions: list[str] | None = None, overwrite: bool = False,
+    settings: Settings = None,
+) -> dict[str, Any]:  # fmt: skip
+    from mokus.virtual_concept import create
+
+    model = task.model()
+    with alone(output):
+        _check_free(Path(output), overwrite)
+        pack, edit = create(
+            model, name, description, output, questions, _editing(model, settings), progress=task.progress
+        )
+    return {"pack": str(pack.path) if pack else None, "edits": _told([edit])}
+
+
+def erase(
+    task: Task, concepts: list[str], output: str, replacement: str | None = None, overwrite: bool = False,
+    settings: Settings = None,
+) -> dict[str, Any]:  # fmt: skip
+    from mokus.erasure import erase
+
+    model = task.model()
+    with alone(output):
+        _check_free(Path(output), overwrite)
+        pack, edits = erase(model, concepts, output, replacement, _editing(model, settings), progress=task.progress)
+    return {"pack": str(pack.path) if pack else None, "edits": _told(edits)}
+
+
+def transfer(
+    task: Task, ask: str, answer: str, prompts: Sequence[str] = (), knowledge: str | None = None,
+    seeds: Sequence[int] = (0, 1, 2, 3), settings: Settings = None,
+) -> dict[str, Any]:  # fmt: skip
+    from mokus.transfer import Case, run
+
+    case, model = Case.of(ask, answer, prompts, knowledge), task.model()
+    results, files = run(model, [case], task.folder, seeds, _editing(model, settings), task.progress)
+    task.show(next(file for file in files if file.suffix == ".png"))
+    return results
+
+
+KINDS: dict[str, Callable[..., Any]] = {
+    each.__name__: each for each in (learn, bind, unbind, ask, check, generate, create, erase, transfer)
+}
+
+
+def check_call(kind: str, arguments: Mapping[str, Any]) -> None:
+    """Raise `MokusError` unless there is such a kind, and it takes these arguments."""
+    if kind not in KINDS:
+        raise MokusError(f"there is no job {kind!r}, expected one of {', '.join(KINDS)}.")
+    try:
+        inspect.signature(KINDS[kind]).bind(None, **arguments)
+    except TypeError as error:
+        raise MokusError(f"{kind} does not go with these arguments ({error}).") from error
+
+
+# --- what they share ---------------------------------------------------------
+
+
+def _open(path: str) -> ConceptPack:
+    from mokus.concept_pack import ConceptPack
+
+    return ConceptPack.open(path)
+
+
+def _check_free(output: Path, overwrite: bool) -> None:
+    from mokus.concept_pack import MANIFEST, ConceptPack
+
+    ConceptPack.check_place(output)
+    if (output / MANIFEST).is_file() and not overwrite:
+        raise MokusError(f"{output} is a concept pack already; name another folder, or replace it (overwrite).")
+
+
+def _editing(model: Model, settings: Settings) -> EditSettings:
+    from mokus.settings import EditSettings
+
+    return EditSettings.for_editor(model.defaults, **(settings or {}))
+
+
+def _told(edits: Sequence[Edit]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in vars(edit).items() if key != "shifts"} for edit in edits]
+
+
+def _summary(pack: ConceptPack) -> dict[str, Any]:
+    return {
+        "pack": str(pack.path), "anchor": pack.anchor, "class_word": pack.class_word,
+        "knowledge": [known.text for known in pack.knowledge], "base_model": pack.base_model,
+    }  # fmt: skip
