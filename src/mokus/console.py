@@ -183,7 +183,9 @@ def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
             raise MokusError(f"{option} got {text!r}, expected numbers and ranges of them such as '0-3' or '0,5,7'.")
         some = range(int(found[1]), int(found[2] or found[1]) + 1)
         if len(seeds) + (some.stop - some.start) > MOST_SEEDS:
-            raise MokusError(f"{option} got {text!r}, which is more than {MOST_SEEDS:,} seeds; ask for fewer at a time.")
+            raise MokusError(
+                f"{option} got {text!r}, which is more than {MOST_SEEDS:,} seeds; ask for fewer at a time."
+            )
         seeds += some
     return list(dict.fromkeys(seeds))
 

@@ -172,7 +172,9 @@ def _keep(folder: Path, given: str, content: bytes, size: int) -> None:
     number = 1 + max((int(path.name.split("-")[0]) for path in _photos_in(folder)), default=0)
     stem, suffix = os.path.splitext(Path(given.replace("\\", "/")).name)
     if suffix.lower() not in SUFFIXES:
-        raise MokusError(f"{given} is no photo that can be read here, expected a file that ends in {', '.join(SUFFIXES)}.")
+        raise MokusError(
+            f"{given} is no photo that can be read here, expected a file that ends in {', '.join(SUFFIXES)}."
+        )
     safe = re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-")[:40] or "photo"
     name = f"{number:03d}-{safe}{suffix.lower()}"
     (folder / _SEEN).mkdir(exist_ok=True)

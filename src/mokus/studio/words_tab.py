@@ -65,4 +65,6 @@ def _needs_no_other(phrase: str) -> None:
     try:
         plain(phrase)
     except MokusError as error:
-        raise MokusError(f"{phrase!r} does not say what kind of thing it is; fill in what shall stand there.") from error
+        raise MokusError(
+            f"{phrase!r} does not say what kind of thing it is; fill in what shall stand there."
+        ) from error
