@@ -69,6 +69,7 @@ def test_the_examples_run_as_printed(tmp_path: Path) -> None:
         "docs/erase.md",
         "docs/transfer.md",
         "docs/wise.md",
+        "docs/studio.md",
         "docs/results/gpu_full_size.md",
     ],
 )
