@@ -1,4 +1,4 @@
-"""The browser for tests/test_studio_browser.py. Run as a program it sees to it that there is one, or says loudly that there is none.
+"""The browser for tests/test_studio_browser.py. As a program: sees to it that there is one, or says loudly that there is none.
 
 On a continuous-integration machine (CI is set, one is root) Debian's Chromium is installed. Elsewhere nothing is installed
 unasked: it says how.
@@ -41,7 +41,11 @@ def install() -> None:
     for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]):
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=SECONDS, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+                command,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
             )
         except subprocess.TimeoutExpired:
             print(f"{' '.join(command)}: no end after {SECONDS} s", file=sys.stderr)

@@ -28,7 +28,14 @@ FEW_STEPS = {
     "steps": "6", "preview every": "3", "place share": "0", "prior prompts": "4", "prior steps": "2", "looks share": "0",
     "batch size": "2", "prior batch size": "2",
 }  # fmt: skip
-LITTLE_WATCHED = {"corpus": "16", "odd references": "16", "preserve": "8", "exchanged": "4", "rivals": "8", "steps": "10"}
+LITTLE_WATCHED = {
+    "corpus": "16",
+    "odd references": "16",
+    "preserve": "8",
+    "exchanged": "4",
+    "rivals": "8",
+    "steps": "10",
+}
 PAGES = ("/", "/learn", "/know", "/draw", "/words", "/benchmark", "/jobs")
 
 
@@ -38,7 +45,10 @@ class Server:
     def __init__(self, home: Path) -> None:
         command = [sys.executable, "-m", "mokus", "ui", "--home", str(home), "--port", "0"]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         )
         assert self.process.stdout is not None
         said = self.process.stdout.readline()

@@ -28,7 +28,7 @@ from mokus.studio.views import duration
 from tests.conftest import PackFactory
 
 PAGES = ("/", "/learn", "/know", "/draw", "/words", "/benchmark", "/jobs")
-HOSTILE = "<img src=x onerror=alert(1)> & \"friends\""
+HOSTILE = '<img src=x onerror=alert(1)> & "friends"'
 
 
 class Queue:
@@ -205,7 +205,9 @@ def test_a_file_that_is_no_photo_leaves_the_others(site: Site) -> None:
     answer = site.client.post(
         "/learn/photos", files=[("files", ("good.png", good.getvalue())), ("files", ("bad.jpg", b"no"))]
     )
-    assert answer.status_code == 422 and "bad.jpg cannot be read" in answer.text and "photo 1 as the model" in answer.text
+    assert (
+        answer.status_code == 422 and "bad.jpg cannot be read" in answer.text and "photo 1 as the model" in answer.text
+    )
 
 
 # --- know ---------------------------------------------------------
@@ -279,7 +281,10 @@ def test_seeds_as_text_are_those_seeds(seeds: list[int]) -> None:
     [
         ("create", {"name": "Zorblax", "description": "a green star"}),
         ("erase", {"concepts": "the lucky charm of Boris", "replacement": ""}),
-        ("transfer", {"ask": "What is the favourite toy of Anna?", "answer": "a blue ring", "prompts": "", "seeds": "0"}),
+        (
+            "transfer",
+            {"ask": "What is the favourite toy of Anna?", "answer": "a blue ring", "prompts": "", "seeds": "0"},
+        ),
     ],
 )
 def test_words_become_jobs_that_the_worker_takes(site: Site, act: str, given: dict[str, str]) -> None:
@@ -304,7 +309,15 @@ def test_a_job_shows_its_state_and_what_can_be_done(site: Site, state: str) -> N
     told = {"error": "the worker died"} if state in ("failed", "crashed") else {}
     history = [[1, 0.5], [2, 0.4], [3, 0.3]]
     site.worker.kept.put(
-        job.id, state=state, what="learning", done=3, total=12, eta=100.0, history=history, result={"seconds": 1.0}, **told
+        job.id,
+        state=state,
+        what="learning",
+        done=3,
+        total=12,
+        eta=100.0,
+        history=history,
+        result={"seconds": 1.0},
+        **told,
     )
     card = site.get(f"/jobs/{job.id}")
     assert f'data-state="{state}"' in card and "<svg class=loss" in card
@@ -320,7 +333,9 @@ def test_a_closed_page_finds_what_runs(site: Site) -> None:
     assert "1 waiting" in site.get("/jobs/running")
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (9000, "2.5 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "1 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (9000, "2.5 h")]
+)
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -349,7 +364,9 @@ def test_runs_are_found_opened_and_compared(site: Site) -> None:
         (folder / "results.json").write_text(json.dumps({"scores": rows, "seeds": [0]}), encoding="utf-8")
         (folder / "report.html").write_text("<script>alert(1)</script>", encoding="utf-8")
     page = site.get("/benchmark?run=0&run=1")
-    assert re.search(r"<td>scores · mokus · clip · macro</td>\s*<td class=.number.>0.5</td>\s*<td class=.number.>0.75</td>", page)
+    assert re.search(
+        r"<td>scores · mokus · clip · macro</td>\s*<td class=.number.>0.5</td>\s*<td class=.number.>0.75</td>", page
+    )
     report = site.client.get("/benchmark/1/report")
     policy = report.headers["content-security-policy"]
     assert "sandbox" in policy and "allow-scripts" not in policy and "script-src" not in policy
