@@ -77,7 +77,7 @@ def generate(
         "negative_prompt": default.negative_prompt if negative_prompt is None else negative_prompt,
     }
     check_settings(model, settings, batch_size)
-    _check_prompts(model, prompts, settings["negative_prompt"])
+    check_prompts(model, prompts, settings["negative_prompt"])
     preferred = chosen(packs, prefer)
     _check_packs(model, packs, preferred)
     jobs = list(product(prompts, _checked_seeds(seeds)))
@@ -93,7 +93,7 @@ def _generate(
     texts = list(dict.fromkeys(prompt for prompt, _ in jobs)) + [settings["negative_prompt"]] * guided
     with model.resident("text_encoder"), _knowledge_applied(model, packs, prefer):
         encodings = dict(zip(texts, encode(model, texts), strict=True))
-    described = {**settings, **_provenance(model, packs, prefer)}
+    described = {**settings, **provenance(model, packs, prefer)}
     total = len(jobs) * settings["steps"]
     for first in range(0, len(jobs), batch_size):
         batch = jobs[first : first + batch_size]
@@ -115,19 +115,19 @@ def _generate(
 def draw(
     model: Model,
     jobs: Sequence[tuple[Tensor, int]],
-    negative: Tensor | None,
+    negative: Tensor | Sequence[Tensor] | None,
     settings: Mapping[str, Any],
     step_done: Any = None,
 ) -> list[Image.Image]:
     """One batch through the pipeline as it is: encodings (s, d) and seeds -> images.
 
     `settings`: steps, true_cfg_scale, size in pixels. `negative` (s, d): encoding of the negative prompt, if there is
-    guidance. `step_done` is the pipeline's callback after each step.
+    guidance, one for all or one for each. `step_done` is the pipeline's callback after each step.
     """
     embeds, mask = pad([encoding for encoding, _ in jobs])
     conditions = {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
     if negative is not None:
-        embeds, mask = pad([negative] * len(jobs))
+        embeds, mask = pad([negative] * len(jobs) if isinstance(negative, Tensor) else negative)
         conditions |= {"negative_prompt_embeds": embeds, "negative_prompt_embeds_mask": mask}
     return model.pipe(
         **conditions,
@@ -197,7 +197,8 @@ def _check_bare(model: Model) -> None:
         )
 
 
-def _provenance(model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack | None) -> dict[str, Any]:
+def provenance(model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack | None = None) -> dict[str, Any]:
+    """What an image was drawn with, besides its settings."""
     about = {id(pack): {"anchor": pack.anchor, "sha256": pack.digest} for pack in packs}
     return {
         "model": model.id,
@@ -228,7 +229,8 @@ def check_settings(model: Model, settings: Mapping[str, Any], batch_size: int = 
         raise MokusError(f"true_cfg_scale is {scale}, expected a number from 0; 1 is no guidance, 4 is usual.")
 
 
-def _check_prompts(model: Model, prompts: list[str], negative_prompt: str) -> None:
+def check_prompts(model: Model, prompts: Sequence[str], negative_prompt: str) -> None:
+    """Raise `MokusError` for prompts that the model cannot draw, or that say nothing."""
     if not prompts:
         raise MokusError("no prompt was given; expected at least one.")
     pipe = model.pipe
@@ -271,14 +273,19 @@ def _check_packs(model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack
 def save_png(result: Generated, path: str | Path) -> None:
     """Write the image, its prompt, seed and settings as JSON in a text chunk `mokus`; atomic, and equal bytes again."""
     path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(png_bytes(result))
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def png_bytes(result: Generated) -> bytes:
+    """What `save_png` writes."""
     info = PngInfo()
     about = {"prompt": result.prompt, "seed": result.seed, "settings": result.settings}
     info.add_text("mokus", json.dumps(about, sort_keys=True))
     buffer = BytesIO()
     result.image.save(buffer, "PNG", pnginfo=info)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(buffer.getvalue())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    return buffer.getvalue()

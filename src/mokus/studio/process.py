@@ -7,22 +7,28 @@ Messages to it are ("job", id, kind, arguments, folder, resuming), ("call", numb
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mokus.errors import MokusError, Stopped
 from mokus.studio.kinds import KINDS, Task
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model
+    from mokus.studio.shelf import Shelf
 
 
 def main(pipe: Connection, stop: Any, model: str | None, device: str | None) -> None:
     """Until it is told to close, or the process that started it is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one to act on
+    for each in (signal.SIGINT, signal.SIGTERM):  # often sent to both: the one that started this one acts on it
+        signal.signal(each, signal.SIG_IGN)
+    threading.Thread(target=_outlive_nobody, daemon=True).start()
     try:
         _Loop(pipe, stop, model, device).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):  # it is gone
@@ -32,10 +38,19 @@ def main(pipe: Connection, stop: Any, model: str | None, device: str | None) -> 
         raise
 
 
+def _outlive_nobody() -> None:
+    """End with the process that started this one, at once: it may be hours to the next word to it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 class _Loop:
     def __init__(self, pipe: Connection, stop: Any, model: str | None, device: str | None) -> None:
         self.pipe, self.stop, self.source, self.device = pipe, stop, model, device
         self._model: Model | None = None
+        self._shelf: Shelf | None = None
 
     def model(self) -> Model:
         if self._model is None:
@@ -49,12 +64,22 @@ class _Loop:
             self._model = load(self.source, self.device)
         return self._model
 
+    def shelf(self) -> Shelf:
+        if self._shelf is None:
+            from mokus.studio.shelf import Shelf
+
+            self._shelf = Shelf(self.model())
+        return self._shelf
+
     def run(self) -> None:
         while True:
             message, *rest = self.pipe.recv()
             if message == "close":
                 return
-            {"job": self.job, "call": self.call}[message](*rest)
+            if message == "job":
+                self.job(*rest)
+            else:
+                self.call(*rest)
 
     def job(self, id: str, kind: str, arguments: dict[str, Any], folder: str, resuming: bool) -> None:
         def progress(what: str, done: int, total: int, info: dict[str, Any]) -> None:
@@ -65,6 +90,8 @@ class _Loop:
         def show(image: Path) -> None:
             self.pipe.send(("preview", id, str(image)))
 
+        if self._shelf:
+            self._shelf.clear()  # jobs find the model bare
         task = Task(self.model, Path(folder), resuming, progress, show)
         try:
             result = KINDS[kind](task, **arguments)
@@ -81,14 +108,11 @@ class _Loop:
 
     def call(self, number: int, name: str, arguments: dict[str, Any]) -> None:
         try:
-            answer = self.calls()[name](**arguments)
+            answer = self.calls[name](self, **arguments)
         except MokusError as error:
             self.pipe.send(("refused", number, str(error)))
         else:
             self.pipe.send(("answer", number, answer))
-
-    def calls(self) -> dict[str, Callable[..., Any]]:
-        return {"describe": self.describe}
 
     def describe(self) -> dict[str, Any]:
         model = self.model()
@@ -98,3 +122,11 @@ class _Loop:
             "size_multiple": model.size_multiple, "steps": usual.steps, "true_cfg_scale": usual.true_cfg_scale,
             "negative_prompt": usual.negative_prompt,
         }  # fmt: skip
+
+    def draw(self, wishes: list[tuple[str | None, str, int]], size: int, packs: int) -> list[bytes | str]:
+        return self.shelf().draw(wishes, size, packs)
+
+    def embed(self, pack: str | None, prompt: str, negative: str | None, packs: int) -> bytes:
+        return self.shelf().embed(pack, prompt, negative, packs)
+
+    calls: ClassVar[dict[str, Callable[..., Any]]] = {"describe": describe, "draw": draw, "embed": embed}

@@ -8,6 +8,7 @@ starts another one.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import queue
 import signal
@@ -55,7 +56,11 @@ class Worker:
         except Timeout as error:
             raise MokusError(f"another MoKus works in {home}; close that one, or name another folder.") from error
         self._changed = threading.Condition(threading.RLock())
-        self._jobs = Jobs(home)
+        try:
+            self._jobs = Jobs(home)
+        except MokusError:
+            self._home_lock.release()
+            raise
         self._queue = [job.id for job in self._jobs if job.state == "waiting"]
         self._source = (model, device)
         self._child: _Child | None = None
@@ -64,6 +69,7 @@ class Worker:
         self._numbers = 0
         self._closing = False
         self._pace = _Pace()
+        atexit.register(self.close)  # before the interpreter's own, which would wait for a process that hears no signal
         with self._changed:
             self._advance()
 
@@ -119,7 +125,7 @@ class Worker:
             self._check_open()
             if (job := self._jobs[id]).state not in AGAIN:
                 raise MokusError(f"job {id} is {job.state}; only one that was stopped, failed or crashed is resumed.")
-            self._put(id, state="waiting", resumed=True, what="", done=0, total=0, eta=None, previews=[], error=None)
+            self._put(id, state="waiting", resumed=True, what="", done=0, total=0, eta=None, error=None)
             self._queue.append(id)
             self._advance()
             return self.job(id)
@@ -158,6 +164,7 @@ class Worker:
         if child:
             child.end(timeout)
         self._home_lock.release()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Worker:
         return self
@@ -206,7 +213,7 @@ class Worker:
                 self._progress(*rest)
             elif message == "preview":
                 id, path = rest
-                self._put(id, previews=[*self._jobs[id].previews, path])
+                self._put(id, previews=[*(old for old in self._jobs[id].previews if old != path), path])
             elif message == "over":
                 id, state, told = rest
                 self._busy = None

@@ -1,0 +1,137 @@
+"""What goes over the wire: the requests and errors of OpenAI's images API, as far as it is spoken here, and ours."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mokus.errors import MokusError
+
+LORA = "pytorch_lora_weights.safetensors"
+MANIFEST = "mokus.json"
+NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a pack: no path can be written in it
+
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class ApiError(Exception):
+    """An error as OpenAI tells it."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.retry = status, message, code, param, retry
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """{"error": {"message", "type", "param", "code"}}."""
+        kind = "rate_limit_error" if self.status == 429 else "invalid_request_error"
+        kind = "server_error" if self.status >= 500 else kind
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """With how long to wait, and whom to be."""
+        found = {"Retry-After": str(self.retry)} if self.retry is not None else {}
+        return found | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    prompt: str
+    model: str | None = None  # a pack's name, or the base model's, which it is without one
+    user: str | None = None  # of no consequence
+
+
+class ImagesRequest(_Request):
+    """POST /v1/images/generations. `seed` is ours: image i of n is drawn at seed + i."""
+
+    n: Annotated[int, Field(ge=1)] | None = 1
+    size: str | None = "auto"
+    response_format: Literal["b64_json", "url"] | None = "b64_json"
+    quality: Literal["auto", "standard"] | None = "auto"
+    output_format: Literal["png"] | None = "png"
+    seed: Seed | None = None
+
+
+class EmbedsRequest(_Request):
+    """POST /v1/prompt_embeds."""
+
+    negative_prompt: str | None = None  # the model's own
+    response_format: Literal["b64_json", "safetensors"] | None = "b64_json"
+
+
+def side_of(size: str | None, usual: int, most: int, multiple: int) -> int:
+    """Pixels of height and width. Raises `ApiError` for a size that is not drawn here."""
+    if size in (None, "auto"):
+        return usual
+    found = re.fullmatch("([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", str(size))
+    if not found or found[1] != found[2]:
+        raise ApiError(
+            400, f"the size is {str(size)[:20]!r}, expected a square such as '{usual}x{usual}'.", param="size"
+        )
+    side = int(found[1])
+    if side > most or side % multiple:
+        raise ApiError(
+            400, f"the size is {side} pixels, expected a multiple of {multiple}, at most {most}.", param="size"
+        )
+    return side
+
+
+@dataclass(frozen=True)
+class Models:
+    """The base model, and the packs in one folder by their names."""
+
+    base: str
+    fingerprint: str
+    folder: Path | None
+
+    @classmethod
+    def of(cls, model: dict[str, Any], folder: Path | None) -> Models:
+        """`model` as the worker describes it. Raises `MokusError` if the folder is not there."""
+        if folder is not None and not folder.is_dir():
+            raise MokusError(f"there is no folder {folder}; expected one with concept packs in it (--packs).")
+        base = Path(model["id"]).name if Path(model["id"]).is_absolute() else model["id"]
+        return cls(base, model["fingerprint"], folder.resolve() if folder else None)
+
+    def listed(self) -> list[dict[str, Any]]:
+        """The base model, and the packs for it by their names; others are not served."""
+        rows = [{"id": self.base, "object": "model", "created": 0, "owned_by": "mokus"}]
+        for path in sorted(self.folder.iterdir()) if self.folder else []:
+            if NAME.fullmatch(path.name) and path.name != self.base and (about := self._about(path)):
+                created = int((path / MANIFEST).stat().st_mtime)
+                rows.append({"id": path.name, "object": "model", "created": created, "owned_by": "mokus", **about})
+        return rows
+
+    def find(self, name: str | None) -> str | None:
+        """The path of a pack, or None for the base model. Raises `ApiError` if there is neither."""
+        if name is None or name == self.base:
+            return None
+        if self.folder and NAME.fullmatch(name) and self._about(self.folder / name):
+            return str(self.folder / name)
+        raise ApiError(
+            404, f"the model {name[:100]!r} is not here; GET /v1/models lists those that are.", code="model_not_found",
+            param="model",
+        )  # fmt: skip
+
+    def plain(self, sentence: str) -> str:
+        """A sentence of the library without the place of the folder."""
+        return sentence.replace(f"{self.folder}/", "") if self.folder else sentence
+
+    def _about(self, pack: Path) -> dict[str, Any] | None:
+        """What a visitor may want to know of a pack for this base model; the worker looks at it more closely."""
+        try:
+            says = json.loads((pack / MANIFEST).read_bytes())
+            if says["fingerprint"] != self.fingerprint:
+                return None
+            knowledge = [str(known["text"]) for known in says["knowledge"]]
+            return {"anchor": str(says["anchor"]), "knowledge": knowledge, "looks": LORA in says["files"]}
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return None
