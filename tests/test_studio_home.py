@@ -52,8 +52,8 @@ def test_only_pictures_of_this_folder_are_given_out(home: Home, path: str) -> No
 
 def test_a_link_to_the_outside_is_not_given_out(home: Home) -> None:
     (outside := home.path.parent / "secret.png").write_bytes(png(Image.new("RGB", (1, 1))))
-    (home.images_folder / "link.png").symlink_to(outside)
-    assert home.inside("images/link.png") is None
+    (home.packs_folder / "link.png").symlink_to(outside)
+    assert home.inside("packs/link.png") is None
 
 
 def test_what_is_shown_is_what_the_model_is_given(home: Home) -> None:

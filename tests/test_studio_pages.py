@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from dataclasses import fields
 from html import unescape
 from importlib.resources import files
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
 from mokus import MokusError
+from mokus.cli import app
 from mokus.pipeline import Defaults
 from mokus.settings import EditSettings, LearnSettings
 from mokus.studio import bench_tab, settings_form
@@ -384,3 +388,22 @@ def test_results_that_are_no_json_are_named(site: Site) -> None:
     assert "cannot be read as JSON" in site.get("/benchmark?run=0", 422)
     with pytest.raises(MokusError):
         bench_tab.compared([site.home.reports_folder / "results.json"])
+
+
+# --- the command ---------------------------------------------------------
+
+
+def test_a_mistake_in_the_command_is_one_sentence(tmp_path: Path) -> None:
+    run = CliRunner()
+    taken, home = socket.socket(), tmp_path / "home"
+    taken.bind((ADDRESS, 0))
+    home.mkdir()
+    cases = {
+        "is no folder": ["--reports", str(tmp_path / "nowhere")],
+        "cannot be had": ["--port", str(taken.getsockname()[1])],
+        "another MoKus works": ["--port", "0", "--home", str(home)],
+    }
+    with taken, FileLock(home / ".lock"):
+        for said, options in cases.items():
+            result = run.invoke(app, ["ui", *options])
+            assert (result.exit_code, said in result.stderr) == (2, True), result.stderr

@@ -17,6 +17,10 @@ from mokus.studio.page import Given, Studio, shown_at
 
 DEPTH = 3  # folders below those that are searched
 MOST_FIGURES = 250
+# A report carries its style and its pictures in it; it gets nothing else, and no script of it runs.
+REPORT_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox allow-popups; frame-ancestors 'none'"
+)
 LARGEST = 64 << 20  # bytes of a results.json
 # keys of what describes a run, or is finer than a comparison of runs wants
 _DETAILS = {
@@ -58,7 +62,7 @@ def routes(studio: Studio) -> list[Route]:
         run = next((each for each in runs(studio.reports) if each.number == number), None)
         if run is None or run.report is None:
             raise MokusError("this report is no longer there; see the list of those that are.")
-        return FileResponse(run.report, media_type="text/html")
+        return FileResponse(run.report, media_type="text/html", headers={"Content-Security-Policy": REPORT_POLICY})
 
     return [shown_at("/benchmark", show), Route("/benchmark/{number:int}/report", report)]
 

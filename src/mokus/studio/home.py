@@ -1,4 +1,7 @@
-"""The studio's folder: packs, uploaded photos, images. Names come from a browser, so none of them leads outside."""
+"""The studio's folder: packs, uploaded photos, reports; the worker keeps its jobs and their images there, too.
+
+Names come from a browser, so none of them leads outside.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class Home:
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
-        for folder in (self.packs_folder, self.photos_folder, self.images_folder, self.reports_folder):
+        for folder in (self.packs_folder, self.photos_folder, self.reports_folder):
             folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -49,10 +52,6 @@ class Home:
     @property
     def photos_folder(self) -> Path:
         return self.path / "photos"
-
-    @property
-    def images_folder(self) -> Path:
-        return self.path / "images"
 
     @property
     def reports_folder(self) -> Path:

@@ -37,10 +37,10 @@ ADDRESS = "127.0.0.1"
 NAMES = (ADDRESS, "localhost")  # what a browser may call it
 TABS = (start_tab, learn_tab, know_tab, draw_tab, words_tab, bench_tab, jobs_tab)
 
-# Reports carry their own style and pictures in them; they get nothing else, and no script of theirs runs.
-_OWN = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; form-action 'self'"
-_REPORT = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox allow-popups"
-_ALWAYS = "; base-uri 'none'; frame-ancestors 'none'"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
 
 
 def build(studio: Studio) -> Starlette:
@@ -92,12 +92,11 @@ class OwnPagesAlone:
         if scope["method"] not in ("GET", "HEAD") and origin not in (None, f"http://{headers.get('host')}"):
             await PlainTextResponse("this form was sent by another site", 403)(scope, receive, send)
             return
-        policy = (_REPORT if scope["path"].startswith("/benchmark/") else _OWN) + _ALWAYS
 
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 guarded = MutableHeaders(scope=message)
-                guarded["Content-Security-Policy"] = policy
+                guarded.setdefault("Content-Security-Policy", POLICY)  # a benchmark's report has its own
                 guarded["X-Content-Type-Options"] = "nosniff"
                 guarded["Referrer-Policy"] = "same-origin"
             await send(message)
@@ -114,6 +113,7 @@ def launch(
     bound = _bind(port)
     address = f"http://{ADDRESS}:{bound.getsockname()[1]}/"
     with bound, Worker(home, model, device) as worker:
+        worker.call("describe")  # loads the model while one looks around; what is wrong with it, the first job tells
         studio = Studio(Home(home), worker, model or MINIATURE, defaults, reports)
         app = build(studio)
 
