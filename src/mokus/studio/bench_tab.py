@@ -25,7 +25,8 @@ LARGEST = 64 << 20  # bytes of a results.json
 # keys of what describes a run, or is finer than a comparison of runs wants
 _DETAILS = {
     "settings", "versions", "metrics", "bootstrap", "seeds", "interval", "by_concept", "counts", "commands", "ablation",
-    "failed", "cut_missed", "claims", "differences", "answers", "cases",
+    "failed", "cut_missed", "claims", "differences", "answers", "cases", "training", "micro", "macro_misses_zero", "images",
+    "concepts", "misses", "missing",
 }  # fmt: skip
 
 
@@ -97,11 +98,15 @@ def compared(files: Sequence[Path]) -> list[tuple[str, list[float | None]]]:
 
     Raises `MokusError` for a file that is no JSON.
     """
-    columns = [dict(figures(_read(file))) for file in files]
+    columns = [{_plain(name): value for name, value in figures(_read(file))} for file in files]
     names = list(dict.fromkeys(name for column in columns for name in column))
     least = min(2, len(columns))
     rows = [(name, [column.get(name) for column in columns]) for name in names]
     return [row for row in rows if sum(value is not None for value in row[1]) >= least]
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("scores · ").removesuffix(" · macro").replace("_", " ")
 
 
 def figures(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
@@ -116,6 +121,8 @@ def figures(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
                 yield from figures(inner, f"{name} · {key}" if name else str(key))
     elif isinstance(value, list) and all(isinstance(row, dict) for row in value):
         for row in value:
+            if row.get("perspective"):  # a part of what another row has all of
+                continue
             words = [str(each) for key, each in row.items() if _tells(key, each)]
             numbers = {key: each for key, each in row.items() if not _tells(key, each)}
             yield from figures(numbers, " · ".join(filter(None, [name, *words])))
