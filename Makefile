@@ -6,12 +6,13 @@ STAMP  := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help install demo test test-fast lint bench audit sbom clean
+.PHONY: help install demo test test-fast test-ui browser lint bench audit sbom clean
 
 help:
 	@echo "make demo       learn a concept, bind knowledge to it, write $(OUT)/report.html (about two minutes)"
 	@echo "make test       lint, types and all tests"
 	@echo "make test-fast  the tests that take less than a few seconds each"
+	@echo "make test-ui    the studio in a real browser"
 	@echo "make bench      the figures of the README; goes on where it was stopped"
 	@echo "make audit      known vulnerabilities of the pinned versions, from OSV's database (needs the network)"
 	@echo "make sbom       sbom.json: all that is installed, as CycloneDX"
@@ -34,14 +35,23 @@ lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-# A process for each core, up to four: each holds a model or two. The order matters: pytest's closing line comes last.
-PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# A process for each core, up to four: each holds a model or two. -rs: what is skipped, and why. The order matters:
+# pytest's closing line is the last thing printed.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -n auto --maxprocesses 4 --dist loadfile
 
-test: lint
+test: lint browser
 	@$(PYTEST)
 
 test-fast: $(STAMP)
 	@$(PYTEST) -m "not slow"
+
+# A browser for the tests of the studio: says loudly if there is none, and installs Chromium on CI.
+browser: $(STAMP)
+	@$(BIN)/python tests/browser.py
+
+test-ui: browser
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs tests/test_studio_home.py tests/test_studio_triggers.py \
+		tests/test_studio_pages.py tests/test_studio_browser.py
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/main_job.py -o benchmarks/results/main_job

@@ -70,6 +70,7 @@ def test_the_examples_run_as_printed(tmp_path: Path) -> None:
         "docs/packs_elsewhere.md",
         "docs/transfer.md",
         "docs/wise.md",
+        "docs/studio.md",
         "docs/results/gpu_full_size.md",
     ],
 )

@@ -29,7 +29,7 @@ from mokus.console import (
 )
 from mokus.errors import MokusError
 from mokus.settings import EditSettings, LearnSettings
-from mokus.studio import serve_cli
+from mokus.studio import serve_cli, ui_cli
 
 if TYPE_CHECKING:
     from mokus.concept_pack import ConceptPack
@@ -51,6 +51,7 @@ bench.add_typer(knowcus, name="knowcus")
 bench.add_typer(wise, name="wise")
 uses_cli.register(bench)
 serve_cli.register(app)
+ui_cli.register(app)
 
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
 PackOption = Annotated[list[Path] | None, typer.Option("--pack", help="A concept pack to use; may be repeated.")]

@@ -185,16 +185,18 @@ def _option(field: Field[Any], kind: Any) -> inspect.Parameter:
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def parse_seeds(text: str) -> list[int]:
-    """ "0-3,7" -> [0, 1, 2, 3, 7]."""
+def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
+    """ "0-3,7" -> [0, 1, 2, 3, 7]. `option`: where it was given, for the errors."""
     seeds: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d{1,19})(?:-(\d{1,19}))?\s*", part)
         if not found or int(found[2] or found[1]) < int(found[1]):
-            raise MokusError(f"--seeds got {text!r}, expected numbers and ranges of them such as '0-3' or '0,5,7'.")
+            raise MokusError(f"{option} got {text!r}, expected numbers and ranges of them such as '0-3' or '0,5,7'.")
         some = range(int(found[1]), int(found[2] or found[1]) + 1)
         if len(seeds) + (some.stop - some.start) > MOST_SEEDS:
-            raise MokusError(f"--seeds got {text!r}, which is more than {MOST_SEEDS:,} seeds; ask for fewer at a time.")
+            raise MokusError(
+                f"{option} got {text!r}, which is more than {MOST_SEEDS:,} seeds; ask for fewer at a time."
+            )
         seeds += some
     return list(dict.fromkeys(seeds))
 

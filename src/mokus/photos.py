@@ -111,12 +111,17 @@ def _square(image: Image.Image, size: int, name: str) -> Image.Image:
         raise MokusError(
             f"{name} is {width} x {height}, expected at least {MIN_SIDE} pixels each way; use a larger photo."
         )
+    held = upright(image)
+    left, top = (held.width - side) // 2, (held.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return held.resize((size, size), Image.Resampling.LANCZOS, box=box)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """All of the image as the camera was held, RGB."""
     # the tag alone: Pillow's own transposition writes all of the EXIF anew and fails on what cameras put there
     turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    upright = _rgb(image if turn is None else image.transpose(turn))
-    left, top = (upright.width - side) // 2, (upright.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return upright.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    return _rgb(image if turn is None else image.transpose(turn))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mokus.backbone import BACKBONES, Backbone, backbone_of
+from mokus.backbone import BACKBONES, QWEN_IMAGE, Backbone, backbone_of
 from mokus.errors import MokusError
 
 MINIATURE = "miniature"
@@ -113,7 +113,7 @@ def load(model: str | Path | None = None, device: str | None = None, dtype: torc
     Raises `MokusError` if there is no such model, it is of an unknown family, or the device is not there.
     """
     where = _device(device)
-    source = str(files("mokus.miniature").joinpath("weights")) if model in (None, MINIATURE) else str(model)
+    source = _source(model)
     kind = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
     index = _model_index(source)
     backbone = BACKBONES.get(str(index.get("_class_name")))
@@ -171,6 +171,18 @@ def of_prompts(processor: str, tokenizer: Any) -> Any:
             transformers.ProcessorMixin.__init__(self, tokenizer, chat_template=tokenizer.chat_template)
 
     return OfPrompts(tokenizer)
+
+
+def defaults_of(model: str | Path | None = None) -> Defaults:
+    """What `load` would find the model best used with, without loading it. Of one that is not on this disk, Qwen-Image's."""
+    source = _source(model)
+    index = _model_index(source) if os.path.isdir(source) else {}
+    backbone = BACKBONES.get(str(index.get("_class_name")), QWEN_IMAGE)
+    return _defaults(source, backbone.defaults(index))
+
+
+def _source(model: str | Path | None) -> str:
+    return str(files("mokus.miniature").joinpath("weights")) if model in (None, MINIATURE) else str(model)
 
 
 def has_room(pipe: Any, device: torch.device) -> bool:

@@ -63,7 +63,7 @@ def _sections(story: Story) -> list[tuple[str, str, str]]:
         ("Unbind", "One phrase, taken out of the pack again.", _grids(story, [story.unbound] if story.unbound else [])),
         ("Figures", "Read by the oracle off this page's images, which are few.", _figures(story)),
         ("Time", "", _timings(story.seconds)),
-        ("Loss of stage 1", "Every step, and their running mean.", _loss_curve(story.losses)),
+        ("Loss of stage 1", "Every step, and their running mean.", loss_curve(story.losses)),
         ("Settings", "", _settings(story)),
     ]
 
@@ -150,7 +150,7 @@ def _settings(story: Story) -> str:
     return f"<details><summary>everything needed to do it again</summary>{_table(['', ''], rows)}</details>"
 
 
-def _loss_curve(losses: Sequence[tuple[int, float]], width: int = 720, height: int = 200) -> str:
+def loss_curve(losses: Sequence[tuple[int, float]], width: int = 720, height: int = 200) -> str:
     """An SVG of (step, loss): every value, faint, and their exponential mean over about a twentieth of the run."""
     if len(losses) < 2:
         return ""

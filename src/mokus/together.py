@@ -21,14 +21,14 @@ def shifts_of(packs: Sequence[ConceptPack], prefer: ConceptPack | Path | str | N
     """
     preferred = chosen(packs, prefer)
     _check_anchors(packs)
-    contested = _contested(packs)
-    for text, holders in contested.values():
+    disputed = contested(packs)
+    for text, holders in disputed.values():
         if preferred not in holders:
             raise MokusError(
                 f"{holders[0].path} and {holders[1].path} both bind {text!r}, so what it means is open; choose one of them "
                 "with --prefer PACK (in Python prefer=), or unbind it in the other."
             )
-    return [pack.shifts() if pack is preferred else _without(pack, contested.keys()) for pack in packs]
+    return [pack.shifts() if pack is preferred else _without(pack, disputed.keys()) for pack in packs]
 
 
 def chosen(packs: Sequence[ConceptPack], prefer: ConceptPack | Path | str | None) -> ConceptPack | None:
@@ -55,7 +55,7 @@ def _check_anchors(packs: Sequence[ConceptPack]) -> None:
             )
 
 
-def _contested(packs: Sequence[ConceptPack]) -> dict[str, tuple[str, list[ConceptPack]]]:
+def contested(packs: Sequence[ConceptPack]) -> dict[str, tuple[str, list[ConceptPack]]]:
     """Of each phrase that several packs bind, by what is the same for all spellings: one spelling, and these packs."""
     holders: dict[str, tuple[str, list[ConceptPack]]] = {}
     for pack in packs:

@@ -16,6 +16,7 @@ from typing import Any
 from mokus.errors import MokusError
 from mokus.studio.worker import Worker
 
+CLOSING_SECONDS = 5  # after which another one may be there
 SMOOTHING = 0.2  # weight of the last batch in the mean of seconds per image
 
 
@@ -47,7 +48,7 @@ class Batches:
         self._worker, self._batch, self._queue, self._packs, self._drawn = worker, batch, queue, packs, drawn
         self._waiting: deque[_Wish] = deque()
         self._some = asyncio.Event()
-        self._closing = False
+        self.closed = False
         self.drawing = 0  # images, now
         self._pace = 1.0  # seconds per image
 
@@ -61,8 +62,8 @@ class Batches:
 
         The futures raise `MokusError` for what cannot be drawn, `worker.WorkerDied` and `Refused`.
         """
-        if self._closing:
-            raise Refused("the server is closing; try again.", 5, closing=True)
+        if self.closed:
+            raise _closing()
         self._waiting = deque(wish for wish in self._waiting if not wish.answer.done())  # some may have gone
         if len(self._waiting) + len(seeds) > self._queue:
             raise Refused(
@@ -82,32 +83,39 @@ class Batches:
 
     def close(self) -> None:
         """Refuse all that has not begun; what is being drawn will be."""
-        self._closing = True
+        self.closed = True
         while self._waiting:
-            _settle(self._waiting.popleft(), Refused("the server is closing; try again.", 5, closing=True))
+            _settle(self._waiting.popleft(), _closing())
 
     async def run(self) -> None:
-        """Draw for ever."""
+        """Draw for ever. Whatever ends it, nobody is left waiting."""
+        try:
+            while True:
+                await self._some.wait()
+                if wishes := self._next():
+                    await self._draw(wishes)
+                else:
+                    self._some.clear()
+        finally:
+            self.close()
+
+    async def _draw(self, wishes: list[_Wish]) -> None:
         loop = asyncio.get_running_loop()
-        while True:
-            await self._some.wait()
-            if not (wishes := self._next()):
-                self._some.clear()
-                continue
-            self.drawing, began = len(wishes), loop.time()
-            try:
-                call = self._worker.call(
-                    "draw", wishes=[(w.pack, w.prompt, w.seed) for w in wishes], size=wishes[0].size, packs=self._packs
-                )
-                answers: list[Any] = await asyncio.wrap_future(call)
-                self._pace += SMOOTHING * ((loop.time() - began) / len(wishes) - self._pace)
-            except MokusError as error:  # WorkerDied too
-                answers = [error] * len(wishes)
-            finally:
-                self.drawing = 0
+        self.drawing, began = len(wishes), loop.time()
+        answers: list[Any] = [_closing()] * len(wishes)
+        try:
+            call = self._worker.call(
+                "draw", wishes=[(w.pack, w.prompt, w.seed) for w in wishes], size=wishes[0].size, packs=self._packs
+            )
+            answers = await asyncio.wrap_future(call)
+            self._pace += SMOOTHING * ((loop.time() - began) / len(wishes) - self._pace)
+        except MokusError as error:  # WorkerDied too
+            answers = [error] * len(wishes)
+        finally:
+            self.drawing = 0
             for wish, answer in zip(wishes, answers, strict=True):
                 _settle(wish, MokusError(answer) if isinstance(answer, str) else answer)
-            self._drawn(sum(isinstance(answer, bytes) for answer in answers), loop.time() - began)
+        self._drawn(sum(isinstance(answer, bytes) for answer in answers), loop.time() - began)
 
     def _next(self) -> list[_Wish]:
         """The oldest wish, and others that go with it; those that nobody waits for any more are left out."""
@@ -125,6 +133,10 @@ class Batches:
                 others.append(wish)
         self._waiting = others
         return chosen
+
+
+def _closing() -> Refused:
+    return Refused("the server is closing; try again.", CLOSING_SECONDS, closing=True)
 
 
 def _settle(wish: _Wish, answer: bytes | Exception) -> None:

@@ -19,6 +19,7 @@ from mokus.errors import MokusError
 
 if TYPE_CHECKING:
     from mokus.concept_pack import ConceptPack
+    from mokus.generation import Generated
     from mokus.knowledge_update import Edit
     from mokus.pipeline import Model
     from mokus.settings import EditSettings
@@ -108,14 +109,18 @@ def unbind(task: Task, pack: str, knowledge: list[str]) -> dict[str, Any]:
     return _summary(opened)
 
 
-def ask(task: Task, question: str, packs: Sequence[str] = (), prefer: str | None = None) -> dict[str, Any]:
+def ask(
+    task: Task, question: str, packs: Sequence[str] = (), prefer: str | None = None, before: bool = False
+) -> dict[str, Any]:
+    """`before`: also what the base model answers."""
     from mokus.knowledge_update import ask
     from mokus.together import shifts_of
 
     opened, model = [_open(path) for path in packs], task.model()
     for each in opened:
         each.check_base(model)
-    return {"question": question, "answer": ask(model, question, shifts_of(opened, prefer))}
+    answer = ask(model, question, shifts_of(opened, prefer))
+    return {"question": question, "answer": answer, **({"before": ask(model, question)} if before else {})}
 
 
 def check(task: Task, pack: str) -> list[dict[str, Any]]:
@@ -142,21 +147,40 @@ def generate(
     steps: int | None = None, true_cfg_scale: float | None = None, size: int | None = None,
     negative_prompt: str | None = None, batch_size: int = 8,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    from mokus.console import file_names
-    from mokus.generation import generate, save_png
-
     opened, model = [_open(path) for path in packs], task.model()
-    results = generate(
-        model, prompts, packs=opened, seeds=seeds, batch_size=batch_size, steps=steps, true_cfg_scale=true_cfg_scale,
-        size=size, negative_prompt=negative_prompt, progress=task.progress, prefer=prefer,
+    drawn = _drawn(
+        task, "", model, prompts, packs=opened, seeds=seeds, batch_size=batch_size, steps=steps,
+        true_cfg_scale=true_cfg_scale, size=size, negative_prompt=negative_prompt, prefer=prefer,
     )  # fmt: skip
-    names, rows = file_names(prompts), []
-    for each in results:
-        file = task.folder / f"{names[each.prompt]}-{each.seed}.png"
-        save_png(each, file)
-        task.show(file)
-        rows.append({"file": str(file), "prompt": each.prompt, "seed": each.seed, "settings": each.settings})
-    return rows
+    return [
+        {"file": str(file), "prompt": each.prompt, "seed": each.seed, "settings": each.settings} for each, file in drawn
+    ]
+
+
+def effects(task: Task, pack: str, knowledge: str) -> list[dict[str, Any]]:
+    """What the pack does to phrases like that which nobody bound; see `side_effects`."""
+    from mokus.side_effects import side_effects
+
+    opened, model = _open(pack), task.model()
+    found = side_effects(model, opened, knowledge, progress=lambda done, n: task.progress("asking", done, n, {}))
+    return [vars(effect) for effect in found]
+
+
+def compare(
+    task: Task, prompts: list[str], packs: Sequence[str] = (), prefer: str | None = None, seeds: Sequence[int] = (0,),
+    steps: int | None = None, true_cfg_scale: float | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Every prompt by the base model and, if there are packs, with them, at equal seeds."""
+    opened, model = [_open(path) for path in packs], task.model()
+    sides: dict[str, list[ConceptPack]] = {"base": [], **({"customized": opened} if opened else {})}
+    rows: dict[str, dict[int, dict[str, Any]]] = {text: {seed: {"seed": seed} for seed in seeds} for text in prompts}
+    for side, used in sides.items():
+        for each, file in _drawn(
+            task, side, model, prompts, packs=used, prefer=prefer if used else None, seeds=seeds, steps=steps,
+            true_cfg_scale=true_cfg_scale,
+        ):  # fmt: skip
+            rows[each.prompt][each.seed][side] = str(file)
+    return [{"prompt": prompt, "images": list(found.values())} for prompt, found in rows.items()]
 
 
 def create(
@@ -200,7 +224,8 @@ def transfer(
 
 
 KINDS: dict[str, Callable[..., Any]] = {
-    each.__name__: each for each in (learn, bind, unbind, ask, check, generate, create, erase, transfer)
+    each.__name__: each
+    for each in (learn, bind, unbind, ask, check, effects, generate, compare, create, erase, transfer)
 }
 
 
@@ -215,6 +240,22 @@ def check_call(kind: str, arguments: Mapping[str, Any]) -> None:
 
 
 # --- what they share ---------------------------------------------------------
+
+
+def _drawn(task: Task, side: str, model: Model, prompts: list[str], **how: Any) -> Iterator[tuple[Generated, Path]]:
+    """Images and the files they are in, named after prompt and seed and, if there are several, the side."""
+    from mokus.console import file_names
+    from mokus.generation import generate, save_png
+
+    def watch(what: str, done: int, total: int, info: dict[str, Any]) -> None:
+        task.progress(f"{what}: {side}" if side else what, done, total, info)
+
+    names = file_names(prompts)
+    for each in generate(model, prompts, progress=watch, **how):
+        file = task.folder / "-".join(filter(None, [side, names[each.prompt], f"{each.seed}.png"]))
+        save_png(each, file)
+        task.show(file)
+        yield each, file
 
 
 def _open(path: str) -> ConceptPack:

@@ -7,7 +7,10 @@ Messages to it are ("job", id, kind, arguments, folder, resuming), ("call", numb
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +28,7 @@ def main(pipe: Connection, stop: Any, model: str | None, device: str | None) -> 
     """Until it is told to close, or the process that started it is gone."""
     for each in (signal.SIGINT, signal.SIGTERM):  # often sent to both: the one that started this one acts on it
         signal.signal(each, signal.SIG_IGN)
+    threading.Thread(target=_outlive_nobody, daemon=True).start()
     try:
         _Loop(pipe, stop, model, device).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):  # it is gone
@@ -32,6 +36,14 @@ def main(pipe: Connection, stop: Any, model: str | None, device: str | None) -> 
     except Exception as error:  # reported, and then it ends the process: what it left in memory is not to be trusted
         pipe.send(("fault", f"{type(error).__name__}: {error}"))
         raise
+
+
+def _outlive_nobody() -> None:
+    """End with the process that started this one, at once: it may be hours to the next word to it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class _Loop:

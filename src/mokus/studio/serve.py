@@ -30,6 +30,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.exceptions import HTTPException
 
 from mokus.errors import MokusError
+from mokus.knowledge import check_encodable
 from mokus.studio.batches import Batches, Refused
 from mokus.studio.openai import ApiError, EmbedsRequest, ImagesRequest, Models, side_of
 from mokus.studio.worker import Worker, WorkerDied
@@ -136,6 +137,7 @@ class Server:
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         task = asyncio.create_task(self.batches.run())
+        task.add_done_callback(_ended)
         yield
         task.cancel()
         with suppress(asyncio.CancelledError):
@@ -194,6 +196,8 @@ class Server:
         return Response((self.images / f"{name}.png").read_bytes(), media_type="image/png")
 
     async def health(self) -> dict[str, Any]:
+        if self.batches.closed:
+            raise ApiError(503, "the server is closing.")
         return {
             "status": "ok",
             "model": self.models.base,
@@ -207,6 +211,10 @@ class Server:
     # --- inside ---------------------------------------------------------
 
     def _check_prompt(self, prompt: str, name: str = "prompt") -> None:
+        try:
+            check_encodable(prompt, name.replace("_", " "))
+        except MokusError as error:
+            raise ApiError(400, str(error).encode(errors="backslashreplace").decode(), param=name) from error
         if len(prompt) > self.limits.prompt:
             raise ApiError(
                 400, f"the {name} has {len(prompt)} characters, expected at most {self.limits.prompt}; shorten it.",
@@ -251,6 +259,11 @@ class Server:
         while len(self.kept) > KEPT_IMAGES:
             (self.images / f"{self.kept.pop(0)}.png").unlink(missing_ok=True)
         return {"url": f"{request.base_url}v1/images/{name}.png"}
+
+
+def _ended(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        log.critical("the server draws no more", exc_info=error)
 
 
 # --- errors ---------------------------------------------------------

@@ -1,0 +1,97 @@
+"""What the tabs share: pages from templates, forms that say what is wrong beside what was typed, and where things are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, ImmutableMultiDict
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from mokus.errors import MokusError
+from mokus.studio.home import Home
+
+if TYPE_CHECKING:
+    from mokus.pipeline import Defaults
+    from mokus.studio.jobs import Job
+    from mokus.studio.worker import Worker
+
+Given = ImmutableMultiDict[Any, Any]  # of a query or a form
+Show = Callable[[Given, str], Response]  # what was given, and what is wrong with it
+Act = Callable[[FormData], str]  # returns the address to go to; raises `MokusError`
+
+TABS = (("/learn", "Learn"), ("/know", "Know"), ("/draw", "Draw"), ("/words", "Words"), ("/benchmark", "Benchmark"))
+UNUSABLE = 422  # the status of a page that says what is wrong
+
+
+class Studio:
+    """The parts that the tabs work with."""
+
+    def __init__(
+        self, home: Home, worker: Worker, model: str, defaults: Defaults, reports: Sequence[Path] = ()
+    ) -> None:
+        self.home, self.worker, self.model, self.defaults = home, worker, model, defaults
+        self.reports = [home.reports_folder, *reports]
+        self._templates = Environment(
+            loader=PackageLoader("mokus.studio"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+            lstrip_blocks=True,
+        )  # fmt: skip
+        self._templates.globals.update(tabs=TABS, address=home.address, model=model)
+
+    def fragment(self, template: str, **values: Any) -> str:
+        """A piece of a page; what users wrote is escaped by the templates."""
+        return self._templates.get_template(template).render(**values)
+
+    def page(self, template: str, here: str = "", error: str = "", **values: Any) -> HTMLResponse:
+        """A page; with an error its status says so, too. `here`: the tab's address."""
+        content = self.fragment(template, here=here, error=error, **values)
+        return HTMLResponse(content, UNUSABLE if error else 200)
+
+    def jobs(self, *kinds: str) -> list[Job]:
+        """Jobs of these kinds, the newest first."""
+        return [job for job in self.worker.jobs() if job.kind in kinds]
+
+    def job(self, id: str, *kinds: str) -> Job | None:
+        """The job of that id; without an id, the newest of these kinds that is not over."""
+        if id:
+            return self.worker.job(id)
+        return next((job for job in self.jobs(*kinds) if not job.over), None)
+
+
+def shown_at(path: str, show: Show) -> Route:
+    """A page."""
+
+    def endpoint(request: Request) -> Response:
+        return show(request.query_params, "")
+
+    return Route(path, endpoint, methods=["GET"])
+
+
+def sent_to(path: str, act: Act, show: Show) -> Route:
+    """A form: it acts and goes on, or shows its page again with what was typed and what is wrong with it."""
+
+    async def endpoint(request: Request) -> Response:
+        async with request.form(max_files=0, max_fields=400) as form:
+            try:
+                where = await run_in_threadpool(act, form)
+            except MokusError as error:
+                return await run_in_threadpool(show, form, str(error))
+        return RedirectResponse(where, 303)
+
+    return Route(path, endpoint, methods=["POST"])
+
+
+def text(given: Mapping[str, Any], name: str, default: str = "") -> str:
+    """One line of what was given; of a file that was sent in its place, nothing."""
+    value = given.get(name, default)
+    return value.strip() if isinstance(value, str) else default
+
+
+def local(path: str, default: str) -> str:
+    """A path to go back to: of this site, whatever was sent."""
+    return path if path.startswith("/") and not path.startswith(("//", "/\\")) else default

@@ -1,0 +1,70 @@
+"""Words: create a concept from words alone, erase one, and see whether an edited answer shows in images."""
+
+from __future__ import annotations
+
+from starlette.datastructures import FormData
+from starlette.responses import Response
+from starlette.routing import Route
+
+from mokus.console import parse_seeds
+from mokus.erasure import plain
+from mokus.errors import MokusError
+from mokus.knowledge import normalise
+from mokus.studio.page import Given, Studio, sent_to, shown_at, text
+from mokus.studio.views import view
+from mokus.transfer import Case
+
+KINDS = ("create", "erase", "transfer")
+
+
+def routes(studio: Studio) -> list[Route]:
+    """Of this page."""
+    home = studio.home
+
+    def show(given: Given, error: str) -> Response:
+        job = studio.job(text(given, "job"), *KINDS)
+        return studio.page(
+            "words.html", "/words", error,
+            given=given, wrong=text(given, "form"), view=view(home, job) if job else None,
+            back=f"/words?job={job.id}" if job else "",
+            earlier_jobs=[view(home, each) for each in studio.jobs(*KINDS) if not job or each.id != job.id][:8],
+        )  # fmt: skip
+
+    def create(form: FormData) -> str:
+        name = normalise(text(form, "name"), "name", "Zorblax")
+        description = normalise(text(form, "description"), "description", "a green star")
+        return go("create", name=name, description=description, output=str(home.new_pack(home.free_name(name))))
+
+    def erase(form: FormData) -> str:
+        phrases = [line.strip() for line in text(form, "concepts").splitlines() if line.strip()]
+        if not phrases:
+            raise MokusError("there is no phrase to erase, expected one such as 'the lucky charm of Boris'.")
+        phrases = [normalise(phrase, "concept", "the lucky charm of Boris") for phrase in phrases]
+        replacement = text(form, "replacement") or None
+        if replacement is None:
+            for phrase in phrases:
+                _needs_no_other(phrase)
+        output = home.new_pack(home.free_name(f"without-{phrases[0]}"))
+        return go("erase", concepts=phrases, output=str(output), replacement=replacement)
+
+    def transfer(form: FormData) -> str:
+        prompts = [line.strip() for line in text(form, "prompts").splitlines() if line.strip()]
+        case = Case.of(text(form, "ask"), text(form, "answer"), prompts)
+        seeds = parse_seeds(text(form, "seeds", "0-3"), "the field of seeds")
+        return go("transfer", ask=case.ask, answer=case.answer, prompts=prompts, seeds=seeds)
+
+    def go(kind: str, **arguments: object) -> str:
+        job = studio.worker.submit(kind, **arguments)
+        return f"/words?job={job.id}#job-{job.id}"
+
+    acts = {"create": create, "erase": erase, "transfer": transfer}
+    return [shown_at("/words", show), *(sent_to(f"/words/{name}", act, show) for name, act in acts.items())]
+
+
+def _needs_no_other(phrase: str) -> None:
+    try:
+        plain(phrase)
+    except MokusError as error:
+        raise MokusError(
+            f"{phrase!r} does not say what kind of thing it is; fill in what shall stand there."
+        ) from error

@@ -1,0 +1,407 @@
+"""The studio's pages, without a browser and with jobs that nobody works at: what they refuse, submit and show."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from dataclasses import fields
+from html import unescape
+from importlib.resources import files
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from PIL import Image
+from starlette.testclient import TestClient
+from typer.testing import CliRunner
+
+from mokus import MokusError
+from mokus.cli import app
+from mokus.pipeline import Defaults
+from mokus.settings import EditSettings, LearnSettings
+from mokus.studio import bench_tab, settings_form
+from mokus.studio.draw_tab import seeds_text
+from mokus.studio.home import Home
+from mokus.studio.jobs import STATES, Job, Jobs
+from mokus.studio.page import Studio
+from mokus.studio.ui import ADDRESS, build
+from mokus.studio.views import duration
+from tests.conftest import PackFactory
+
+PAGES = ("/", "/learn", "/know", "/draw", "/words", "/benchmark", "/jobs")
+HOSTILE = '<img src=x onerror=alert(1)> & "friends"'
+
+
+class Queue:
+    """The worker's side that pages see: real jobs on disk, which nobody works at."""
+
+    def __init__(self, home: Path) -> None:
+        self.kept = Jobs(home)
+
+    def submit(self, kind: str, **arguments: Any) -> Job:
+        return self.kept.new(kind, arguments)
+
+    def job(self, id: str) -> Job:
+        return self.kept[id]
+
+    def jobs(self) -> list[Job]:
+        return list(self.kept)[::-1]
+
+    def stop(self, id: str) -> None:
+        self.kept.put(id, state="stopped")
+
+    def resume(self, id: str) -> Job:
+        return self.kept.put(id, state="waiting")
+
+
+class Site:
+    """A studio and a client of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.home = Home(path)
+        self.worker = Queue(self.home.path)
+        self.studio = Studio(self.home, self.worker, "miniature", Defaults(size=32, learn={"steps": 50}))  # type: ignore[arg-type]
+        self.client = TestClient(build(self.studio), f"http://{ADDRESS}:7860", follow_redirects=False)
+
+    def get(self, path: str, status: int = 200) -> str:
+        answer = self.client.get(path)
+        assert answer.status_code == status, answer.text
+        return answer.text
+
+    def post(self, path: str, status: int = 303, /, **data: Any) -> str:
+        answer = self.client.post(path, data=data)
+        assert answer.status_code == status, answer.text
+        return answer.headers.get("location", answer.text)
+
+    def upload(self, *names: str) -> str:
+        Image.new("RGB", (40, 30), "red").save(file := BytesIO(), "PNG")
+        sent = [("files", (name, file.getvalue(), "image/png")) for name in names]
+        answer = self.client.post("/learn/photos", files=sent, data={"photos": ""})
+        assert answer.status_code == 303, answer.text
+        return answer.headers["location"].split("photos=")[1].split("#")[0]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path / "home")
+
+
+@pytest.fixture
+def with_pack(site: Site, pico_pack: PackFactory) -> Site:
+    pico_pack(site.home.new_pack("toy"), knowledge=["my favourite toy", HOSTILE])
+    return site
+
+
+# --- what goes out and what comes in ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_asks_for_nothing_from_elsewhere(with_pack: Site, page: str) -> None:
+    answer = with_pack.client.get(page)
+    addresses = re.findall(r"""(?:src|href|action|data-live|data-reading)="([^"]*)\"""", answer.text)
+    assert len(addresses) > 5
+    assert all(unescape(each).startswith(("/", "#")) and not each.startswith("//") for each in addresses)
+    policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'none'" and "http" not in str(policy) and "unsafe" not in str(policy)
+
+
+def test_what_is_shipped_names_no_other_site() -> None:
+    for folder in ("static", "templates"):
+        for file in files("mokus.studio").joinpath(folder).iterdir():
+            text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+            assert "//" not in re.sub(r"^\s*//.*| // .*$", "", text, flags=re.MULTILINE), file.name
+            assert not re.search(r"\bstyle=|\bon\w+=|<script(?! src)", text), file.name  # the policy forbids these
+
+
+def test_forms_of_other_sites_and_other_names_are_refused(site: Site) -> None:
+    for origin in ("http://evil.example", "null", f"https://{ADDRESS}:7860", f"http://{ADDRESS}:1"):
+        assert site.client.post("/example", headers={"Origin": origin}).status_code == 403
+    assert site.client.get("/", headers={"Host": "evil.example"}).status_code == 400  # a name that leads here
+    assert site.worker.jobs() == []
+    assert site.client.post("/example", headers={"Origin": f"http://{ADDRESS}:7860"}).status_code == 303
+
+
+@pytest.mark.parametrize("page", ["/", "/know?pack=toy", "/draw?pack=toy&prompts=" + HOSTILE.replace("&", "%26")])
+def test_what_users_wrote_is_text(with_pack: Site, page: str) -> None:
+    with_pack.worker.submit("ask", question=HOSTILE, packs=[str(with_pack.home.pack("toy"))])
+    with_pack.worker.kept.put("000001", state="failed", error=HOSTILE)
+    for text in (with_pack.get(page), with_pack.get("/jobs"), with_pack.get("/know?pack=toy&job=000001")):
+        assert "<img src=x" not in text
+    assert "&lt;img src=x" in with_pack.get("/know?pack=toy&job=000001")
+
+
+@pytest.mark.parametrize("back", ["//evil.example", "https://evil.example", "/\\evil.example", "javascript:alert(1)"])
+def test_nobody_is_sent_elsewhere(site: Site, back: str) -> None:
+    job = site.worker.submit("ask", question="?")
+    assert site.post("/jobs/stop", job=job.id, back=back) == "/jobs"
+    assert site.post("/jobs/resume", job=job.id, back="/know?pack=x") == "/know?pack=x"
+
+
+def test_what_is_not_there_is_said_on_a_page(site: Site) -> None:
+    assert "There is no such page" in site.get("/nothing", 404)
+    assert "no job" in site.get("/jobs/7", 422)
+    assert "no pack named" in site.get("/know?pack=x", 422)
+    assert site.get("/files/jobs/000001/job.json", 404)
+
+
+# --- first visit ---------------------------------------------------------
+
+
+def test_the_first_visit_offers_the_example_and_photos(site: Site) -> None:
+    page = site.get("/")
+    assert "Make the example" in page and 'href="/learn"' in page
+    where = site.post("/example")
+    learn, bind = site.worker.jobs()[::-1]
+    assert (learn.kind, bind.kind, where) == ("learn", "bind", f"/learn?job={learn.id}")
+    assert bind.arguments["pack"] == learn.arguments["output"] == str(site.home.packs_folder / "example.pack")
+    assert len(list(Path(learn.arguments["photos"]).glob("*.png"))) == 5
+    assert "being made" in site.get("/") and "Make the example" not in site.get("/")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_has_an_empty_state(site: Site, page: str) -> None:
+    assert "<h1>" in site.get(page)
+
+
+# --- learn ---------------------------------------------------------
+
+
+def test_photos_are_shown_and_learned_from(site: Site) -> None:
+    photos = site.upload("a.png", "b.png")
+    page = site.get(f"/learn?photos={photos}")
+    shown = re.findall(r'src="(/files/[^"]+)"', page)
+    assert len(shown) == 4 and "cut to the middle square" in page
+    assert all(site.client.get(each).headers["content-type"] == "image/png" for each in shown)
+    site.post("/learn/remove", photos=photos, photo="001-a.png")
+    site.post("/learn/start", photos=photos, word="rubber duck", rare="sks", name="", **{"set-seed": "3"})
+    [job] = site.worker.jobs()
+    assert job.arguments["anchor"] == "sks rubber duck"
+    assert job.arguments["output"].endswith("/packs/rubber-duck.pack")
+    assert job.arguments["settings"] == {"steps": 50, "seed": 3, "preview_every": 10}
+    assert [path.name for path in Path(job.arguments["photos"]).glob("*.png")] == ["002-b.png"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"word": " "}, "class word is empty"),
+        ({"rare": "two words"}, "several words"),
+        ({"set-steps": "many"}, "expected a whole number"),
+        ({"set-steps": "0"}, "expected at least 1"),
+        ({"name": "../up"}, "cannot be the name"),
+        ({"photos": "gone"}, "no longer there"),
+    ],
+)
+def test_a_mistake_keeps_what_was_typed(site: Site, wrong: dict[str, str], said: str) -> None:
+    given = {"photos": site.upload("a.png"), "word": "duck", "rare": "sks", "name": "mine", **wrong}
+    page = unescape(site.post("/learn/start", 422, **given))
+    assert said in page and site.worker.jobs() == []
+    if "photos" not in wrong:
+        for name in ("word", "rare", "name"):
+            assert re.search(rf'name="{name}"[^>]* value="{re.escape(given[name])}"', page)
+
+
+def test_a_file_that_is_no_photo_leaves_the_others(site: Site) -> None:
+    Image.new("RGB", (40, 30)).save(good := BytesIO(), "PNG")
+    answer = site.client.post(
+        "/learn/photos", files=[("files", ("good.png", good.getvalue())), ("files", ("bad.jpg", b"no"))]
+    )
+    assert (
+        answer.status_code == 422 and "bad.jpg cannot be read" in answer.text and "photo 1 as the model" in answer.text
+    )
+
+
+# --- know ---------------------------------------------------------
+
+
+def test_a_phrase_shows_its_questions_before_it_is_bound(with_pack: Site) -> None:
+    reading = with_pack.get("/know/reading?knowledge=my+lamp")
+    assert "What is my lamp?" in reading and "my lamp in the snow" in reading and "your lamp" in reading
+    assert "is a question" in with_pack.get("/know/reading?knowledge=what%3F")
+    with_pack.post("/know/bind", pack="toy", knowledge="my  lamp.", questions="Which?\n\nWhat?", **{"set-steps": "3"})
+    [job] = with_pack.worker.jobs()
+    assert job.arguments == {
+        "pack": str(with_pack.home.pack("toy")), "knowledge": ["my lamp"], "questions": ["Which?", "What?"],
+        "settings": {"steps": 3},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("act", ["unbind", "effects"])
+def test_what_can_be_done_with_a_piece(with_pack: Site, act: str) -> None:
+    with_pack.post(f"/know/{act}", pack="toy", knowledge="my favourite toy")
+    assert with_pack.worker.jobs()[0].kind == act
+    assert with_pack.post(f"/know/{act}", 422, pack="none", knowledge="x") and len(with_pack.worker.jobs()) == 1
+
+
+def test_phrases_that_other_packs_bind_are_shown(with_pack: Site, pico_pack: PackFactory) -> None:
+    assert "Bound elsewhere" not in with_pack.get("/know?pack=toy")
+    pico_pack(with_pack.home.new_pack("dog"), anchor="zwx dog", knowledge=["My favourite toy", "my dog"])
+    assert "Bound elsewhere" in with_pack.get("/know?pack=dog")
+
+
+# --- draw ---------------------------------------------------------
+
+
+def test_a_phrase_of_several_packs_needs_a_choice(with_pack: Site, pico_pack: PackFactory) -> None:
+    pico_pack(with_pack.home.new_pack("dog"), anchor="zwx dog", knowledge=["my favourite toy"])
+    given = {"prompts": "my favourite toy\na star", "pack": ["toy", "dog"], "seeds": "0-2,7"}
+    page = with_pack.post("/draw/start", 422, **given)
+    assert "choose below which one counts" in page and 'name="prefer"' in page and "my favourite toy\na star" in page
+    with_pack.post("/draw/start", prefer="dog", **given)
+    [job] = with_pack.worker.jobs()
+    assert job.arguments["prompts"] == ["my favourite toy", "a star"] and job.arguments["seeds"] == [0, 1, 2, 7]
+    assert job.arguments["prefer"] == str(with_pack.home.pack("dog"))
+    again = with_pack.get(f"/draw?job={job.id}")
+    assert 'value="0-2,7"' in again and again.count(" checked") == 2  # what was asked for stands in the form
+
+
+@pytest.mark.parametrize("wrong", [{"seeds": "x"}, {"seeds": "0-9999"}, {"prompts": " "}, {"steps": "few"}])
+def test_what_cannot_be_drawn_is_refused_at_once(site: Site, wrong: dict[str, str]) -> None:
+    page = site.post("/draw/start", 422, **{"prompts": "a star", "seeds": "0", **wrong})
+    assert 'role="alert"' in page and "--" not in re.findall(r'role="alert">(.*?)</p>', page)[0]
+    assert site.worker.jobs() == []
+
+
+def test_words_that_trigger_are_marked(with_pack: Site) -> None:
+    reading = with_pack.get("/draw/reading?pack=toy&prompts=My+favourite+toy+%3Cb%3E")
+    assert re.search(r"<mark[^>]*>My favourite toy<small>toy</small></mark> &lt;b&gt;", reading)
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2], [3, 1, 2], [0, 2, 3, 9]])
+def test_seeds_as_text_are_those_seeds(seeds: list[int]) -> None:
+    from mokus.console import parse_seeds
+
+    assert parse_seeds(seeds_text(seeds)) == seeds
+
+
+# --- words ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("act", "given"),
+    [
+        ("create", {"name": "Zorblax", "description": "a green star"}),
+        ("erase", {"concepts": "the lucky charm of Boris", "replacement": ""}),
+        (
+            "transfer",
+            {"ask": "What is the favourite toy of Anna?", "answer": "a blue ring", "prompts": "", "seeds": "0"},
+        ),
+    ],
+)
+def test_words_become_jobs_that_the_worker_takes(site: Site, act: str, given: dict[str, str]) -> None:
+    from mokus.studio.kinds import check_call
+
+    site.post(f"/words/{act}", **given)
+    [job] = site.worker.jobs()
+    assert job.kind == act
+    check_call(job.kind, job.arguments)
+
+
+def test_a_name_cannot_be_erased_without_saying_what_stands_there(site: Site) -> None:
+    assert "fill in what shall stand there" in site.post("/words/erase", 422, concepts="Boris", replacement="")
+
+
+# --- jobs ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_job_shows_its_state_and_what_can_be_done(site: Site, state: str) -> None:
+    job = site.worker.submit("learn", photos="p", anchor="sks toy", output="/x/toy.pack")
+    told = {"error": "the worker died"} if state in ("failed", "crashed") else {}
+    history = [[1, 0.5], [2, 0.4], [3, 0.3]]
+    site.worker.kept.put(
+        job.id,
+        state=state,
+        what="learning",
+        done=3,
+        total=12,
+        eta=100.0,
+        history=history,
+        result={"seconds": 1.0},
+        **told,
+    )
+    card = site.get(f"/jobs/{job.id}")
+    assert f'data-state="{state}"' in card and "<svg class=loss" in card
+    assert ("data-live=" in card) == (state in ("waiting", "running")) == (">Stop<" in card)
+    assert (">Resume<" in card) == (state in ("stopped", "failed", "crashed"))
+    assert ('value="25"' in card and "about 2 min left" in card) == (state == "running")
+    assert ("the worker died" in card) == bool(told)
+
+
+def test_a_closed_page_finds_what_runs(site: Site) -> None:
+    job = site.worker.submit("learn", photos="p", anchor="sks toy", output="/x/toy.pack")
+    assert f'id="job-{job.id}"' in site.get("/learn")
+    assert "1 waiting" in site.get("/jobs/running")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "1 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (9000, "2.5 h")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+# --- settings ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [LearnSettings, EditSettings])
+def test_every_single_setting_has_a_field(settings: type) -> None:
+    shown = {field.name.removeprefix("set-"): field for field in settings_form.form_fields(settings, {}, {})}
+    lists = {each.name for each in fields(settings) if each.name not in shown}
+    assert lists == ({"targets"} if settings is LearnSettings else {"layers", "modules"})
+    filled = {field.name: field.default for field in shown.values()}
+    default = settings()
+    assert settings_form.chosen(settings, filled) == {name: getattr(default, name) for name in shown}
+    assert settings_form.chosen(settings, dict.fromkeys(filled, " ")) == {}
+
+
+# --- benchmark ---------------------------------------------------------
+
+
+def test_runs_are_found_opened_and_compared(site: Site) -> None:
+    for name, value in (("one", 0.5), ("two", 0.75)):
+        (folder := site.home.reports_folder / "knowcus" / name).mkdir(parents=True)
+        rows = [{"method": "mokus", "column": "clip_i", "macro": value, "interval": [0, 1]}]
+        (folder / "results.json").write_text(json.dumps({"scores": rows, "seeds": [0]}), encoding="utf-8")
+        (folder / "report.html").write_text("<script>alert(1)</script>", encoding="utf-8")
+    page = site.get("/benchmark?run=0&run=1")
+    assert re.search(r"<td>mokus · clip i</td>\s*<td class=.number.>0.5</td>\s*<td class=.number.>0.75</td>", page)
+    report = site.client.get("/benchmark/1/report")
+    policy = report.headers["content-security-policy"]
+    assert "sandbox" in policy and "allow-scripts" not in policy and "script-src" not in policy
+
+
+def test_figures_that_one_run_alone_has_are_not_compared(tmp_path: Path) -> None:
+    for name, value in (("a", {"x": 1, "y": 2}), ("b", {"x": 3, "z": True})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+    assert bench_tab.compared([tmp_path / "a.json", tmp_path / "b.json"]) == [("x", [1.0, 3.0])]
+    assert bench_tab.compared([tmp_path / "a.json"]) == [("x", [1.0]), ("y", [2.0])]
+
+
+def test_results_that_are_no_json_are_named(site: Site) -> None:
+    (site.home.reports_folder / "results.json").write_text("{", encoding="utf-8")
+    assert "cannot be read as JSON" in site.get("/benchmark?run=0", 422)
+    with pytest.raises(MokusError):
+        bench_tab.compared([site.home.reports_folder / "results.json"])
+
+
+# --- the command ---------------------------------------------------------
+
+
+def test_a_mistake_in_the_command_is_one_sentence(tmp_path: Path) -> None:
+    run = CliRunner()
+    taken, home = socket.socket(), tmp_path / "home"
+    taken.bind((ADDRESS, 0))
+    home.mkdir()
+    cases = {
+        "is no folder": ["--reports", str(tmp_path / "nowhere")],
+        "cannot be had": ["--port", str(taken.getsockname()[1])],
+        "another MoKus works": ["--port", "0", "--home", str(home)],
+    }
+    with taken, FileLock(home / ".lock"):
+        for said, options in cases.items():
+            result = run.invoke(app, ["ui", *options])
+            assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
