@@ -50,8 +50,6 @@ app.add_typer(bench, name="bench")
 bench.add_typer(knowcus, name="knowcus")
 bench.add_typer(wise, name="wise")
 uses_cli.register(bench)
-serve_cli.register(app)
-ui_cli.register(app)
 
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
 PackOption = Annotated[list[Path] | None, typer.Option("--pack", help="A concept pack to use; may be repeated.")]
@@ -489,6 +487,8 @@ def editing(
 
 
 packs_cli.register(app)
+ui_cli.register(app)
+serve_cli.register(app)
 
 # --- shared by the commands ---------------------------------------------------------
 
