@@ -22,7 +22,7 @@ CASES: Counter[str] = Counter()
 # The same examples in every run, so that a red run is red again. MOKUS_FUZZ=1000 looks further, at random.
 _more = int(os.environ.get("MOKUS_FUZZ", "0"))
 settings.register_profile(
-    "mokus", deadline=None, derandomize=not _more, database=None, print_blob=True, max_examples=_more or 60,
+    "mokus", deadline=None, derandomize=not _more, database=None, print_blob=True, max_examples=_more or 40,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 settings.load_profile("mokus")

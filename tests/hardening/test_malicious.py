@@ -267,15 +267,19 @@ TERMINAL = {
 def test_terminals_obey_no_pack(tmp_path: Path, pico_pack: PackFactory, what: str) -> None:
     """In whatever text of a manifest: refused, or shown as what it is, by tables and by JSON, which still says the same."""
     nasty = TERMINAL[what]
+
+    def printed_of_knowledge(text: dict[str, Any]) -> None:
+        text["knowledge"][0].update(questions=[nasty, f"What {nasty}?"], editor=nasty, read_back=nasty)
+
+    def printed_as_json(text: dict[str, Any]) -> None:
+        text["settings"].update({nasty: nasty})
+        text["defaults"].update(negative_prompt=nasty)
+        text["knowledge"][0].update(settings={"x": [nasty]})
+
     places: list[Callable[[dict[str, Any]], Any]] = [
-        lambda text: text.update(anchor=f"sks {nasty}"), lambda text: text.update(base_model=nasty),
-        lambda text: text["settings"].update({nasty: nasty}),
-        lambda text: text["defaults"].update(negative_prompt=nasty),
-        lambda text: text["versions"].update(torch=nasty),
-        *[lambda text, key=key: text["knowledge"][0].update({key: nasty}) for key in ("text", "answer", "editor",
-        "read_back")],
-        lambda text: text["knowledge"][0].update(questions=[nasty, f"What {nasty}?"]),
-        lambda text: text["knowledge"][0].update(settings={"x": [nasty]}),
+        printed_of_knowledge, printed_as_json, lambda text: text.update(anchor=f"sks {nasty}"),
+        lambda text: text.update(base_model=nasty), lambda text: text["versions"].update(torch=nasty),
+        lambda text: text["knowledge"][0].update(text=nasty), lambda text: text["knowledge"][0].update(answer=nasty),
     ]  # fmt: skip
     whole = tree(pico_pack(tmp_path / "a.pack").path)
     shown = 0
@@ -291,7 +295,7 @@ def test_terminals_obey_no_pack(tmp_path: Path, pico_pack: PackFactory, what: st
         if not table.exit_code:
             shown += 1
             assert json.loads(whole_json.stdout)["anchor"] == "sks toy"
-    assert shown == 0 if what == "half a character" else shown >= 4
+    assert shown == 0 if what == "half a character" else shown == 2
 
 
 def test_json_says_the_same_whatever_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from ..conftest import random_lora
 from ..test_concept_pack import tree
 from .conftest import case
 
-ROUNDS, SETTLED, ANEW = 500, 50, 10
+ROUNDS, SETTLED, ANEW = 500, 50, 25
 PROMPTS = ["my favourite toy", "a robot on the beach", "the small one at night"]
 
 
@@ -41,7 +41,7 @@ def short(quick_folder: Path) -> Model:
 def test_five_hundred_rounds(tmp_path: Path, quick: Model, short: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is flat is the resident memory, from round 50 to the end: within 5 %.
 
-    In every tenth round edits are searched for and checked as ever; in those between, what the last search found is taken
+    In every 25th round edits are searched for and checked as ever; in those between, what the last search found is taken
     again, written, drawn with, and taken out.
     """
     monkeypatch.setattr(
