@@ -486,9 +486,7 @@ def editing(
 # --- shared by the commands ---------------------------------------------------------
 
 
-def _learn_batch(
-    file: Path, model: str | None, device: str | None, as_json: bool, chosen: dict[str, Any]
-) -> None:  # fmt: skip
+def _learn_batch(file: Path, model: str | None, device: str | None, as_json: bool, chosen: dict[str, Any]) -> None:
     """`mokus learn --batch`."""
     from mokus.concept_batch import learn_all, read_concepts, told
 
