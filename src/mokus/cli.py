@@ -493,9 +493,7 @@ serve_cli.register(app)
 # --- shared by the commands ---------------------------------------------------------
 
 
-def _learn_batch(
-    file: Path, model: str | None, device: str | None, as_json: bool, chosen: dict[str, Any]
-) -> None:  # fmt: skip
+def _learn_batch(file: Path, model: str | None, device: str | None, as_json: bool, chosen: dict[str, Any]) -> None:
     """`mokus learn --batch`."""
     from mokus.concept_batch import learn_all, read_concepts, told
 

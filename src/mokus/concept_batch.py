@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 TEXTS = ("photos", "anchor", "output")
 # what may go wrong with one concept while the others are fine: its photos, its place, memory
 FAULTS = (MokusError, OSError, RuntimeError, ValueError)
+UNSEEN = (
+    "compile",
+    "preview_every",
+    "checkpoint_every",
+)  # settings that do not change what is learned, but for rounding
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", list[str]: "a list of names"}
 
 
@@ -194,9 +199,12 @@ def _check_same(model: Model, concept: Concept, settings: LearnSettings) -> None
 
     pack = ConceptPack.open(concept.output)
     pack.check_base(model)
+    # a pack from before a setting was there has its default
+    before, now = {**asdict(LearnSettings()), **pack.settings}, json.loads(json.dumps(asdict(settings)))
+    looked_at = [name for name in now if name not in UNSEEN]
     for name, there, wanted in (
         ("anchor", pack.anchor, concept.anchor),
-        *((name, pack.settings.get(name), value) for name, value in json.loads(json.dumps(asdict(settings))).items()),
+        *((name, before[name], now[name]) for name in looked_at),
     ):
         if there != wanted:
             raise MokusError(
