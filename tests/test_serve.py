@@ -444,7 +444,7 @@ def test_serve_as_a_whole(pico: Model, pico_folder: Path, pico_pack: PackFactory
             status, _, data = client.ask("POST", "/v1/prompt_embeds", asked)
             assert status == 200
             engine = QwenImagePipeline.from_pretrained(
-                pico_folder, text_encoder=None, tokenizer=None, torch_dtype=torch.float32
+                pico_folder, text_encoder=None, tokenizer=None, dtype=torch.float32
             )
             engine.set_progress_bar_config(disable=True)
             engine.load_lora_weights(pack.path, weight_name=concept_pack.LORA)
