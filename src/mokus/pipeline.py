@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -16,7 +17,9 @@ from diffusers import QwenImagePipeline
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mokus import memory
 from mokus.errors import MokusError
+from mokus.memory import CPU, STAGED, Tier
 
 MINIATURE = "miniature"
 DEFAULTS_FILE = "mokus_defaults.json"
@@ -47,7 +50,7 @@ class Model:
     defaults: Defaults
     device: torch.device
     corpus: tuple[str, ...] = ()  # prompts like those it was trained on, from `mokus_corpus.txt` in its folder
-    stays: bool = False  # all components are on the device at once, and none is ever moved; see `has_room`
+    tier: Tier = STAGED  # how its memory is used
     _residents: list[tuple[str, ...]] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -59,33 +62,45 @@ class Model:
     def resident(self, *names: str) -> Iterator[None]:
         """Inside, only these components are on the device, the others in host memory.
 
-        May be nested; afterwards everything is where it was before. On a CPU, and on a device with room for all of them,
-        nothing moves: Qwen-Image's weights are 57 GB, which take long from a GPU to host memory and back.
+        May be nested; afterwards everything is where it was before. On a CPU, and in a memory tier that keeps all of them
+        on the device, nothing moves: Qwen-Image's weights are 57 GB, which take long from a GPU to host memory and back.
+        Running out of memory inside is a `MokusError` that names the next tier.
         """
-        if self.device.type == "cpu" or self.stays:
-            yield
-            return
-        self._residents.append(names)
-        try:
-            self._place()
-            yield
-        finally:
-            self._residents.pop()
-            self._place()
+        with memory.told(self.tier, self.device):
+            if self.device.type == "cpu" or self.tier.stays:
+                yield
+                return
+            self._residents.append(names)
+            try:
+                self._place()
+                yield
+            finally:
+                self._residents.pop()
+                self._place()
 
     def _place(self) -> None:
         inside = self._residents[-1] if self._residents else ()
-        for name in COMPONENTS:
+        for name in ("vae",) if self.tier.streamed else COMPONENTS:  # the others come and go by themselves
             getattr(self.pipe, name).to(self.device if name in inside else "cpu")
 
 
-def load(model: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None) -> Model:
+def load(
+    model: str | Path | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    tier: str | None = None,
+) -> Model:
     """Load a `QwenImagePipeline` from a folder or the hub; without a name the miniature in the package.
 
     `device`: "cpu", "cuda", "cuda:1"; a GPU if there is one. `dtype` of the weights: bfloat16 on a GPU, float32 on a CPU.
-    Raises `MokusError` if there is no such model, it is of another kind, or the device is not there.
+    `tier`: how memory is used, by the name of one of `memory.TIERS`; else what MOKUS_TIER says, else the first that fits.
+    Raises `MokusError` if there is no such model, it is of another kind, the device or the tier is not there, or no tier fits.
     """
-    where = _device(device)
+    wanted = tier or os.environ.get(memory.VARIABLE)
+    chosen = memory.tier(wanted) if wanted else None
+    where = _device("cpu" if chosen is CPU and device is None else device)
+    if chosen is CPU and where.type != "cpu":
+        raise MokusError(f"the memory tier 'cpu' was asked for, and the device {where}; leave one of them out.")
     source = str(files("mokus.miniature").joinpath("weights")) if model in (None, MINIATURE) else str(model)
     kind = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
     index = _model_index(source)
@@ -94,6 +109,7 @@ def load(model: str | Path | None = None, device: str | None = None, dtype: torc
             f"{source} holds a {index.get('_class_name')}, expected a QwenImagePipeline such as Qwen/Qwen-Image."
         )
     defaults = _defaults(source)
+    use = chosen or (CPU if where.type == "cpu" else _fitting(source, defaults, where, kind))
     try:
         pipe = QwenImagePipeline.from_pretrained(source, dtype=kind, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:  # what the libraries say of missing and damaged parts
@@ -102,18 +118,19 @@ def load(model: str | Path | None = None, device: str | None = None, dtype: torc
     pipe.set_progress_bar_config(disable=True)
     for name in COMPONENTS:
         getattr(pipe, name).requires_grad_(False).eval()
-    if stays := has_room(pipe, where):
-        pipe.to(where)
+    identity = fingerprint(pipe)
+    with memory.told(use, where):
+        memory.place(pipe, use, where)
     name = MINIATURE if model in (None, MINIATURE) else source
-    return Model(pipe, name, fingerprint(pipe), defaults, where, _corpus(source), stays)
+    return Model(pipe, name, identity, defaults, where, _corpus(source), use)
 
 
-def has_room(pipe: QwenImagePipeline, device: torch.device) -> bool:
-    """Whether it is a GPU that holds all components at once, and as much again for what they compute."""
-    if device.type != "cuda":
-        return False
-    weights = sum(weight.nbytes for name in COMPONENTS for weight in getattr(pipe, name).parameters())
-    return 2 * weights <= int(torch.cuda.get_device_properties(device).total_memory)
+def _fitting(source: str, defaults: Defaults, device: torch.device, dtype: torch.dtype) -> Tier:
+    """The first tier in which all tasks fit into what is free on the GPU, by the doctor's plan."""
+    from mokus import doctor
+
+    free = torch.cuda.mem_get_info(device)[0]
+    return doctor.fitting(doctor.Shape.of(source, defaults), free, dtype)
 
 
 def encode(model: Model, prompts: Sequence[str]) -> list[Tensor]:
