@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import diffusers.utils.logging as log
 import torch
 from torch import nn
 
 from mokus import rehearsal
 from mokus.errors import MokusError
 from mokus.memory import CPU, TASKS, TIERS, Tier, after
-from mokus.pipeline import COMPONENTS, MINIATURE, Defaults
+from mokus.pipeline import COMPONENTS, MINIATURE, Defaults, defaults_of
 from mokus.places import NOISES, PLACES
 from mokus.prior_prompts import OTHER_LOOKS
 from mokus.rehearsal import Use
@@ -36,11 +39,12 @@ CONFIG = "config.json"
 TOKENS = 47  # of a prompt and the template's tail, as the image transformer sees them: a long one
 PHOTOS = 5
 SUBJECTS = 17  # the anchor and those who lend it their tokens (`visual_concept.LENDERS`)
-ROWS, ROW_TOKENS = 84, 24  # of an edit: its own forms, the rivals that are watched, and the longest of them
+ROWS, ROW_TOKENS = 78, 22  # of an edit: its own 14 forms and the 64 rivals that are watched; behind the prefix
 GRAMS = 3  # second moments that `least_drift` holds of every edited matrix, in float64
 COPIES = 7  # of a LoRA in float32: itself, gradient, two moments, and the last good state of all but the gradient
-# tokens that pass the text encoder for an edit, counted: without a backward pass, with one; and once for the statistics
-EDIT_TOKENS, EVALUATED_TOKENS, CORPUS_TOKENS = 20_000, 10_000, 50_000
+# Tokens that pass the text encoder for an edit, a backward pass counted as what it is of a forward one: from the FLOPs of a run
+# on an H200 (docs/results/gpu_full_size.json), so no estimate of ours. And about so many, once, for the statistics
+EDIT_TOKENS, CORPUS_TOKENS = 32_500, 50_000
 KERNELS = 1.25  # convolutions of the VAE need a quarter more for themselves than their tensors: on an H200 (docs/memory.md)
 CONTEXT = 0.5 * GIB  # CUDA itself
 MARGIN = 1.05  # fragments
@@ -67,8 +71,6 @@ class Shape:
     @classmethod
     def of(cls, source: str | None = None, defaults: Defaults | None = None) -> Shape:
         """Read the configs from a folder or the hub; those of Qwen-Image are at hand. Raises `MokusError` if there are none."""
-        from mokus.pipeline import _defaults
-
         if source in (None, MINIATURE):
             source = str(files("mokus.miniature").joinpath("weights"))
         assert source is not None
@@ -76,7 +78,7 @@ class Shape:
             found = {name: _config(source, name) for name in COMPONENTS}
         else:
             found = published()
-        return cls(source, found, defaults or _defaults(source))
+        return cls(source, found, defaults or defaults_of(source))
 
     def with_layers(self, layers: int | None = None, text_layers: int | None = None) -> Shape:
         """The same with fewer blocks of the image transformer, or layers of the text encoder."""
@@ -193,22 +195,15 @@ def _config(source: str, name: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _quiet() -> Any:
-    """Inside, the libraries do not warn of keys in a config that they have no use for."""
-    from contextlib import contextmanager
-
-    import diffusers.utils.logging as log
-
-    @contextmanager
-    def quiet() -> Any:
-        before = log.get_verbosity()
-        log.set_verbosity_error()
-        try:
-            yield
-        finally:
-            log.set_verbosity(before)
-
-    return quiet()
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, diffusers does not warn of keys in a config that it has no use for."""
+    before = log.get_verbosity()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(before)
 
 
 # --- FLOPs ---------------------------------------------------------
@@ -305,7 +300,8 @@ class Machine:
 
 def this_machine(device: torch.device, place: Path = Path(".")) -> Machine:
     """The GPU with what is free on it, or the CPU with how fast it multiplies matrices now, in float32."""
-    host, disk = _host(), float(_free_disk(place))
+    host = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    disk = float(shutil.disk_usage(place).free)
     if device.type == "cpu":
         return Machine(f"CPU, {torch.get_num_threads()} threads", None, host, disk, cpu_tflops())
     name = torch.cuda.get_device_name(device)
@@ -333,16 +329,6 @@ def cpu_tflops(size: int = 1024, width: int = 3072, repeats: int = 3) -> float:
         a @ b
         times.append(time.perf_counter() - began)
     return 2 * size * width * width / min(times) / 1e12
-
-
-def _host() -> float:
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
-def _free_disk(place: Path) -> int:
-    import shutil
-
-    return shutil.disk_usage(place).free
 
 
 # --- the plan ---------------------------------------------------------
@@ -427,7 +413,7 @@ class Plan:
             "model": self.shape.source,
             "task": self.task,
             "resolution": self.size,
-            "machine": {**asdict(self.machine), **_in_gib(self.machine)},
+            "machine": {"name": self.machine.name, **_in_gib(self.machine), "tflop_per_second": self.machine.tflops},
             "parameters": self.shape.parameters,
             "disk_gib": sum(self.shape.parameters.values()) * 2 / GIB,
             "tier": self.chosen.tier.name if self.chosen else None,
@@ -568,11 +554,6 @@ def _training(key: str, tier: Tier, samples: int, size: int, rank: int, dtype: t
     return none.peak + share * (every.kept - none.kept)
 
 
-def edited_layers(shape: Shape) -> list[int]:
-    """Those that the model's own settings of stage 2 name."""
-    return EditSettings.for_model(shape.defaults.edit).layers
-
-
 def _edit_beside(shape: Shape, dtype: torch.dtype) -> float:
     settings, text = EditSettings.for_model(shape.defaults.edit), shape.text
     matrices = len(settings.layers) * len(settings.modules)
@@ -602,12 +583,8 @@ def work(shape: Shape, task: str, tier: Tier, size: int) -> Work:
         return Work("image", (steps * guided * image_flops(shape, 1, size) + reading) / 1e12, 1, 0.0,
                     steps * guided * shape.blocks)  # fmt: skip
     if task == "bind":
-        settings = EditSettings.for_model(shape.defaults.edit)
-        backward = shape.text.num_hidden_layers - min(settings.layers)
-        forward = text_flops(shape, EDIT_TOKENS)
-        evaluated = text_flops(shape, EVALUATED_TOKENS, backward_layers=backward)
         once = text_flops(shape, CORPUS_TOKENS)
-        return Work("edit", (forward + evaluated) / 1e12, 1, once / 1e12, 0.0)
+        return Work("edit", text_flops(shape, EDIT_TOKENS) / 1e12, 1, once / 1e12, 0.0)
     settings = LearnSettings.for_model(shape.defaults.learn)
     blocks = shape.blocks
     again = 0.0 if tier.kept == 1 else 1 - sum(tier.keeps(block) for block in range(blocks)) / blocks

@@ -89,10 +89,10 @@ def _plans(
     gpu: str | None,
 ) -> list[Plan]:  # fmt: skip
     from mokus import doctor
-    from mokus.pipeline import _device
+    from mokus.pipeline import device_of
 
     shape = doctor.Shape.of(model)
-    machine = doctor.this_machine(_device(device)) if memory is None else doctor.other_machine(memory, gpu)
+    machine = doctor.this_machine(device_of(device)) if memory is None else doctor.other_machine(memory, gpu)
     return [doctor.plan(shape, task, machine, resolution, batch) for task in tasks]
 
 

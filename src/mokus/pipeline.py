@@ -98,7 +98,7 @@ def load(
     """
     wanted = tier or os.environ.get(memory.VARIABLE)
     chosen = memory.tier(wanted) if wanted else None
-    where = _device("cpu" if chosen is CPU and device is None else device)
+    where = device_of("cpu" if chosen is CPU and device is None else device)
     if chosen is CPU and where.type != "cpu":
         raise MokusError(f"the memory tier 'cpu' was asked for, and the device {where}; leave one of them out.")
     source = str(files("mokus.miniature").joinpath("weights")) if model in (None, MINIATURE) else str(model)
@@ -108,7 +108,7 @@ def load(
         raise MokusError(
             f"{source} holds a {index.get('_class_name')}, expected a QwenImagePipeline such as Qwen/Qwen-Image."
         )
-    defaults = _defaults(source)
+    defaults = defaults_of(source)
     use = chosen or (CPU if where.type == "cpu" else _fitting(source, defaults, where, kind))
     try:
         pipe = QwenImagePipeline.from_pretrained(source, dtype=kind, use_safetensors=True)
@@ -187,7 +187,8 @@ def _config(component: Any) -> str:
     )
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of this name, by default a GPU if there is one. Raises `MokusError` if it is not there."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -219,7 +220,8 @@ def _model_index(source: str) -> dict[str, Any]:
         ) from error
 
 
-def _defaults(source: str) -> Defaults:
+def defaults_of(source: str) -> Defaults:
+    """What the model's folder says of its use, else Qwen-Image's. Raises `MokusError` for what cannot be read."""
     file = Path(source) / DEFAULTS_FILE
     if not file.is_file():
         return Defaults()

@@ -10,8 +10,8 @@ Image transformers are rehearsed with FEW and one more of their blocks, and the 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -97,14 +98,18 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Ten
     return found
 
 
+Watched = Callable[..., AbstractContextManager[Any]]  # of modules; gives something with `now` and `peak`, in bytes
+
+
 @contextmanager
-def _tallied(*modules: nn.Module) -> Iterator[Tally]:
+def tallied(*modules: nn.Module) -> Iterator[Tally]:
     """On the meta device torch would take attention's plain formula, which keeps all scores."""
     with torch.device("meta"), patch.object(F, "scaled_dot_product_attention", _fused), Tally(modules) as tally:
         yield tally
 
 
 # --- the parts of the pipeline ---------------------------------------------------------
+# Each runs on the device that its module is on, so that a benchmark can watch the same on a real one.
 
 
 def image_step(
@@ -116,43 +121,45 @@ def image_step(
     `build(n)`: the transformer with n blocks, on the meta device. `batch` samples of `side` x `side` patches and `tokens` of text.
     """
     few, more = (
-        _image_step(build(n), batch, side, tokens, targets, rank, backward, checkpointed) for n in (FEW, FEW + 1)
+        stepped(build(n), batch, side, tokens, targets, rank, backward, checkpointed)
+        for n in (min(FEW, blocks), min(FEW, blocks) + 1)
     )
-    return few.further(more, blocks - FEW)
+    return few.further(more, blocks - min(FEW, blocks))
 
 
-def _image_step(
+def stepped(
     transformer: Any, batch: int, side: int, tokens: int, targets: Sequence[str], rank: int, backward: bool,
-    checkpointed: bool,
+    checkpointed: bool, watched: Watched = tallied,
 ) -> Use:  # fmt: skip
-    from peft import LoraConfig
-
+    """The same of one transformer, which keeps its adapter."""
     if backward:
-        with torch.device("meta"):
-            transformer.add_adapter(LoraConfig(r=rank, target_modules=list(targets)), adapter_name="rehearsal")
+        transformer.add_adapter(LoraConfig(r=rank, target_modules=list(targets)), adapter_name="rehearsal")
         for p in transformer.parameters():
             if p.requires_grad:
                 p.data = p.data.float()
     if checkpointed:
         transformer.enable_gradient_checkpointing()
-    d, channels = transformer.config.joint_attention_dim, transformer.config.in_channels
-    made: dict[str, Any] = {"device": "meta", "dtype": transformer.proj_out.weight.dtype}
-    z, t = torch.empty(batch, side * side, channels, **made), torch.empty(batch, **made)
-    embeds, mask = torch.empty(batch, tokens, d, **made), torch.ones(batch, tokens, dtype=torch.bool, device="meta")
-    with _tallied(transformer) as tally, torch.set_grad_enabled(backward):
+    d, channels, weight = (
+        transformer.config.joint_attention_dim, transformer.config.in_channels, transformer.proj_out.weight
+    )  # fmt: skip
+    made: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    z, t = torch.rand(batch, side * side, channels, **made), torch.rand(batch, **made)
+    embeds, mask = torch.rand(batch, tokens, d, **made), torch.ones(batch, tokens, dtype=torch.bool, device=weight.device)
+    with watched(transformer) as tally, torch.set_grad_enabled(backward):
         v = flow.velocity(transformer, z, t, embeds, mask, (side, side))
         kept = tally.now
         if backward:
-            flow.loss(v, torch.empty(v.shape, dtype=torch.float32)).mean().backward()
+            flow.loss(v, torch.zeros(v.shape, device=weight.device)).mean().backward()
     return Use(tally.peak, kept)
 
 
-def reading(encoder: Any, rows: int, tokens: int) -> Use:
+def reading(encoder: Any, rows: int, tokens: int, watched: Watched = tallied) -> Use:
     """The text encoder's forward pass over so many prompts of so many tokens each, behind the template's prefix."""
-    model, texts = _as_model(encoder), _rows(rows, tokens)
-    with _tallied(encoder) as tally, torch.no_grad():
-        states = texts.encode(model)
-    return Use(tally.peak, states.nbytes)
+    model, texts = _as_model(encoder), _rows(encoder, rows, tokens)
+    with watched(encoder) as tally, torch.no_grad():
+        texts.encode(model)
+        kept = tally.now
+    return Use(tally.peak, kept)
 
 
 def edit(build: Callable[[int], Any], edited: int, above: int, modules: Sequence[str], rows: int, tokens: int) -> Use:
@@ -160,46 +167,49 @@ def edit(build: Callable[[int], Any], edited: int, above: int, modules: Sequence
 
     `build(n)`: the text encoder with n layers. Layers below the edited ones keep nothing. Those above count as edited ones.
     """
-    one, two = (_edit(build(n), n, modules, rows, tokens) for n in (1, 2))
+    one, two = (evaluated(build(n), n, modules, rows, tokens) for n in (1, 2))
     return one.further(two, edited + above - 1)
 
 
-def _edit(encoder: Any, edited: int, modules: Sequence[str], rows: int, tokens: int) -> Use:
-    model, texts = _as_model(encoder), _rows(rows, tokens)
+def evaluated(
+    encoder: Any, edited: int, modules: Sequence[str], rows: int, tokens: int, watched: Watched = tallied
+) -> Use:  # fmt: skip
+    """The same of one text encoder, of whose layers the first so many are edited."""
+    model, texts = _as_model(encoder), _rows(encoder, rows, tokens)
     paths = [f"model.language_model.layers.{n}.{name}" for n in range(edited) for name in modules]
-    with torch.device("meta"):
-        shifts: Mapping[str, LowRankShift] = {
-            path: LowRankShift(
-                torch.empty(RANK, linear.in_features), torch.empty(linear.out_features, RANK, requires_grad=True)
-            )
-            for path in paths
-            if (linear := encoder.get_submodule(path))
-        }
-    with _tallied(encoder) as tally, applied(encoder, shifts):
+    shifts = {path: _shift(encoder.get_submodule(path)) for path in paths}
+    with watched(encoder) as tally, applied(encoder, shifts):
         states = texts.encode(model)
         kept = tally.now
         torch.autograd.grad(states.float().square().mean(), [shift.B for shift in shifts.values()])
     return Use(tally.peak, kept)
 
 
+def _shift(linear: nn.Linear) -> LowRankShift:
+    device = linear.weight.device
+    a = torch.rand(RANK, linear.in_features, device=device)
+    return LowRankShift(a, torch.zeros(linear.out_features, RANK, device=device, requires_grad=True))
+
+
 def _as_model(encoder: Any) -> Any:
-    return SimpleNamespace(pipe=SimpleNamespace(text_encoder=encoder), device=torch.device("meta"))
+    return SimpleNamespace(pipe=SimpleNamespace(text_encoder=encoder), device=encoder.lm_head.weight.device)
 
 
-def _rows(rows: int, tokens: int) -> Rows:
-    made: dict[str, Any] = {"dtype": torch.long, "device": "meta"}
+def _rows(encoder: Any, rows: int, tokens: int) -> Rows:
+    made: dict[str, Any] = {"dtype": torch.long, "device": encoder.lm_head.weight.device}
     return Rows(
-        torch.empty(1, PREFIX_TOKENS, **made), torch.empty(rows, tokens, **made), torch.empty(rows, **made)
+        torch.zeros(1, PREFIX_TOKENS, **made), torch.zeros(rows, tokens, **made), torch.full((rows,), tokens, **made)
     )  # fmt: skip
 
 
-def vae(model: Any, batch: int, size: int, decoding: bool) -> Use:
+def vae(model: Any, batch: int, size: int, decoding: bool, watched: Watched = tallied) -> Use:
     """Images of size x size pixels into latents, or out of them."""
-    made: dict[str, Any] = {"device": "meta", "dtype": next(model.parameters()).dtype}
+    weight = next(model.parameters())
+    made: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     side = size // 2 ** len(model.temperal_downsample)
-    with _tallied(model) as tally, torch.no_grad():
+    with watched(model) as tally, torch.no_grad():
         if decoding:
-            model.decode(torch.empty(batch, model.config.z_dim, 1, side, side, **made))
+            model.decode(torch.rand(batch, model.config.z_dim, 1, side, side, **made))
         else:
-            model.encode(torch.empty(batch, 3, 1, size, size, **made)).latent_dist.mode()
+            model.encode(torch.rand(batch, 3, 1, size, size, **made)).latent_dist.mode()
     return Use(tally.peak, tally.now)
