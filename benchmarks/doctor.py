@@ -12,7 +12,7 @@ the doctor rehearses without contents is done here with them, and seen from outs
 - seconds: FLOPs by the rate of a plain product of matrices, measured just before
 
 and at full size, without running anything, against docs/results/gpu_full_size.json. A GPU's seconds there are what the
-doctor's rates were taken from, as are the FLOPs of an edit, so of these only the others say something.
+doctor's rates were taken from, as is what the VAE's kernels need for themselves: these say how well a rate fits, no more.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def image(layers: int, size: int) -> Iterator[dict[str, Any]]:
     settings, side = LearnSettings(), size // shape.patch
     cases = ((1, False, False), (BATCH, True, False), (BATCH, True, True))
     for batch, backward, checkpointed in cases:
-        name = "transformer, " + ("forward" if not backward else "training, checkpointed" if checkpointed else "training")
+        name = "transformer, " + (
+            "forward" if not backward else "training, checkpointed" if checkpointed else "training"
+        )
         model = random_transformer(config, dtype=torch.float32)
         weights = sum(p.nbytes for p in model.parameters())
         if not backward:
@@ -224,7 +226,9 @@ def full_size(file: Path = H200) -> Iterator[dict[str, Any]]:
     yield row("H200: weights", "bytes", weights, there)
     for size in (512, 1024):
         for task, stage in (("learn", f"learn, {size}"), ("generate", f"draw, {size}")):
-            yield from _memory(stage, doctor.need(shape, task, one, size, 1, bf16), weights, measured[stage]["peak_gib"])
+            yield from _memory(
+                stage, doctor.need(shape, task, one, size, 1, bf16), weights, measured[stage]["peak_gib"]
+            )
             work = doctor.work(shape, task, one, size)
             steps = 1 if task == "learn" else shape.defaults.steps
             seconds = work.seconds(task, peak, True)
@@ -238,7 +242,7 @@ def full_size(file: Path = H200) -> Iterator[dict[str, Any]]:
     work = doctor.work(shape, "bind", one, 1024)
     seconds = work.seconds("bind", peak, True)
     assert seconds is not None
-    yield row("H200 bind: FLOPs of an edit", "TFLOP", work.tflop, found["tflop_per_piece"], True)
+    yield row("H200 bind: FLOPs of an edit", "TFLOP", work.tflop, found["tflop_per_piece"])
     yield row("H200 bind: seconds of an edit", "s", seconds[0], found["seconds_per_piece"], True)
 
 
@@ -254,8 +258,8 @@ def _memory(stage: str, need: doctor.Need, weights: float, peak: float) -> Itera
 
 
 def main(
-    layers: Annotated[int, typer.Option(help="Blocks of the image transformer, 1.4 GiB each; 0 leaves it out.", min=0, max=4)] = 2,
-    text_layers: Annotated[int, typer.Option(help="Layers of the text encoder, 0.9 GiB each and 4 for its words; 0 leaves it out.",
+    layers: Annotated[int, typer.Option(help="Blocks of the image transformer, 1.3 GiB each; 0: none.", min=0, max=4)] = 2,
+    text_layers: Annotated[int, typer.Option(help="Layers of the text encoder, 0.9 GiB each, and 4 for its words; 0: none.",
                                              min=0, max=8)] = 2,
     size: Annotated[int, typer.Option(help="Pixels of images.", min=64)] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")] = False,
@@ -278,7 +282,9 @@ def main(
         for each in rows:
             error = "" if each["error"] is None else f"{each['error']:+.1%}"
             note = " (calibrated)" if each["calibrated"] else ""
-            print(f"{each['what']:58s} {each['estimated']:14.4g} {each['measured']:14.4g} {each['unit']:6s} {error}{note}")
+            print(
+                f"{each['what']:58s} {each['estimated']:14.4g} {each['measured']:14.4g} {each['unit']:6s} {error}{note}"
+            )
     raise typer.Exit(bool(off))
 
 

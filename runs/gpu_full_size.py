@@ -228,7 +228,8 @@ def built(asked: Asked, device: torch.device) -> Model:
         there = parameters(pipe.transformer)
         if there != TRANSFORMER_PARAMETERS:
             raise MokusError(f"the image transformer has {there:,} parameters, expected {TRANSFORMER_PARAMETERS:,}.")
-    return Model(pipe, "random-weights", fingerprint(pipe), Defaults(), device, tier=CPU if device.type == "cpu" else tier("checkpointed"))
+    use = CPU if device.type == "cpu" else tier("checkpointed")
+    return Model(pipe, "random-weights", fingerprint(pipe), Defaults(), device, tier=use)
 
 
 def parameters(module: torch.nn.Module) -> int:

@@ -121,7 +121,9 @@ def test_the_method_runs_in_few_bits_and_its_packs_are_anyone_s(
 # --- layer by layer ---------------------------------------------------------
 
 
-def test_offloading_draws_the_same_pixels(pico_folder: Path, pico: pipeline.Model, pico_pack: PackFactory, tmp_path: Path) -> None:
+def test_offloading_draws_the_same_pixels(
+    pico_folder: Path, pico: pipeline.Model, pico_pack: PackFactory, tmp_path: Path
+) -> None:
     pack = pico_pack(tmp_path / "a.pack")
     streamed = pipeline.load(pico_folder, device="cpu", tier="offload")
     (one,), (other,) = (mokus.generate(m, "my favourite toy", packs=[pack], steps=2) for m in (pico, streamed))
@@ -132,7 +134,7 @@ def test_offloading_draws_the_same_pixels(pico_folder: Path, pico: pipeline.Mode
 
 def test_offloading_neither_learns_nor_binds(pico_folder: Path, pico_pack: PackFactory, tmp_path: Path) -> None:
     streamed = pipeline.load(pico_folder, device="cpu", tier="offload")
-    with pytest.raises(MokusError, match="'offload' can only generate.*learn"):
+    with pytest.raises(MokusError, match=r"'offload' can only generate.*learn"):
         mokus.learn(streamed, [Image.new("RGB", (SIZE, SIZE))], "sks toy", tmp_path / "new.pack")
     with pytest.raises(MokusError, match="to bind"):
         mokus.bind(streamed, pico_pack(tmp_path / "a.pack"), "the pride of our collection")
@@ -164,7 +166,7 @@ def test_edits_are_applied_beside_quantised_weights_and_gone_without_a_trace(pac
 
 def test_edits_are_neither_found_in_quantised_weights_nor_added_to_them(packed_encoder: pipeline.Model) -> None:
     settings = EditSettings(layers=[1], modules=["mlp.up_proj"])
-    with pytest.raises(MokusError, match="'mlp.up_proj' is quantised.*bfloat16"):
+    with pytest.raises(MokusError, match=r"'mlp.up_proj' is quantised.*bfloat16"):
         module_paths(packed_encoder, settings)
     linear = packed_encoder.pipe.text_encoder.model.language_model.layers[1].mlp.up_proj
     shift = LowRankShift(torch.zeros(1, linear.in_features), torch.zeros(linear.out_features, 1))
@@ -226,5 +228,3 @@ def test_the_option_holds_for_one_command(pico_folder: Path, tmp_path: Path) -> 
     learning = ["learn", str(photos), "--anchor", "sks toy", "-o", str(pack), "--model", str(pico_folder)]
     refused = CliRunner().invoke(app, ["--tier", "offload", *learning, "--device", "cpu"])
     assert refused.exit_code == 2 and "can only generate" in refused.output and not pack.exists()
-
-

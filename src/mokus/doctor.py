@@ -39,13 +39,18 @@ CONFIG = "config.json"
 TOKENS = 47  # of a prompt and the template's tail, as the image transformer sees them: a long one
 PHOTOS = 5
 SUBJECTS = 17  # the anchor and those who lend it their tokens (`visual_concept.LENDERS`)
-ROWS, ROW_TOKENS = 78, 22  # of an edit: its own 14 forms and the 64 rivals that are watched; behind the prefix
+ROWS, ROW_TOKENS = 32, 36  # of an edit's last evaluations, its own forms and the rivals that are watched, as counted
 GRAMS = 3  # second moments that `least_drift` holds of every edited matrix, in float64
+HISTORY = (
+    15  # copies of all factors B, in float32, that L-BFGS holds: two of each of six steps, weights, gradient, direction
+)
 COPIES = 7  # of a LoRA in float32: itself, gradient, two moments, and the last good state of all but the gradient
-# Tokens that pass the text encoder for an edit, a backward pass counted as what it is of a forward one: from the FLOPs of a run
-# on an H200 (docs/results/gpu_full_size.json), so no estimate of ours. And about so many, once, for the statistics
-EDIT_TOKENS, CORPUS_TOKENS = 32_500, 50_000
-KERNELS = 1.25  # convolutions of the VAE need a quarter more for themselves than their tensors: on an H200 (docs/memory.md)
+# Tokens that pass the text encoder, counted over three edits by `least_drift` in a small model, which does not change how many:
+# for an edit without a backward pass, and with one; for the statistics, once
+PASSED, EVALUATED, CORPUS = 13_000, 15_000, 67_000
+KERNELS = (
+    1.25  # convolutions of the VAE need a quarter more for themselves than their tensors: on an H200 (docs/memory.md)
+)
 CONTEXT = 0.5 * GIB  # CUDA itself
 MARGIN = 1.05  # fragments
 PYTHON = 1.0 * GIB  # the interpreter, torch and its libraries in host memory
@@ -53,7 +58,7 @@ PYTHON = 1.0 * GIB  # the interpreter, torch and its libraries in host memory
 # Of dense bf16, TFLOP/s by the makers' data sheets, with accumulation in float32
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 # Of that peak what was reached on an H200, and how long one block of a forward pass takes however small it is
-SHARES = {"learn": 0.22, "generate": 0.37, "bind": 0.05}
+SHARES = {"learn": 0.22, "generate": 0.37, "bind": 0.065}
 LEAST = {"learn": 1.31 / 180, "generate": 0.272 / 120, "bind": 0.0}
 
 
@@ -81,7 +86,10 @@ class Shape:
         return cls(source, found, defaults or defaults_of(source))
 
     def with_layers(self, layers: int | None = None, text_layers: int | None = None) -> Shape:
-        """The same with fewer blocks of the image transformer, or layers of the text encoder."""
+        """The same with other numbers of blocks of the image transformer, or layers of the text encoder.
+
+        With the latter, the vision tower has one block, for speed: no prompt passes through it.
+        """
         found = {name: dict(config) for name, config in self.configs.items()}
         if layers is not None:
             found["transformer"]["num_layers"] = layers
@@ -92,6 +100,7 @@ class Shape:
             text["num_hidden_layers"] = text_layers
             if text is not whole:
                 whole["text_config"] = text
+            whole["vision_config"] = {**whole.get("vision_config", {}), "depth": 1}
         return Shape(self.source, found, self.defaults)
 
     def build(self, name: str, dtype: torch.dtype) -> Any:
@@ -114,16 +123,20 @@ class Shape:
                 "the models that can be used."
             ) from error
 
-    @cached_property
+    @property
     def parameters(self) -> dict[str, int]:
         """Numbers in each component, the text encoder's vision tower included."""
-        return {name: sum(p.numel() for p in self.build(name, torch.bfloat16).parameters()) for name in COMPONENTS}
+        return {name: sum(sizes) for name, (sizes, _) in _numbers(_key(self)).items()}
 
-    @cached_property
+    @property
     def matrices(self) -> int:
         """Numbers in the linear layers of the image transformer's blocks, which 8 and 4 bits are for."""
-        blocks = self.build("transformer", torch.bfloat16).transformer_blocks
-        return sum(m.weight.numel() for m in blocks.modules() if isinstance(m, nn.Linear))
+        return _numbers(_key(self))["transformer"][1]
+
+    @property
+    def largest(self) -> dict[str, int]:
+        """Numbers in each component's largest matrix: what comes and goes at once."""
+        return {name: max(sizes) for name, (sizes, _) in _numbers(_key(self)).items()}
 
     @cached_property
     def text(self) -> Any:
@@ -158,11 +171,6 @@ class Shape:
             each = 1.0 if tier.bits == 8 else 0.5 + 1 / 64 + 4 / (64 * 256)
             found["transformer"] += int(self.matrices * (each - dtype.itemsize))
         return found
-
-    @cached_property
-    def largest(self) -> dict[str, int]:
-        """Numbers in each component's largest matrix: what comes and goes at once."""
-        return {name: max(p.numel() for p in self.build(name, torch.bfloat16).parameters()) for name in COMPONENTS}
 
 
 def published() -> dict[str, dict[str, Any]]:
@@ -244,11 +252,25 @@ def text_flops(shape: Shape, tokens: int, backward_layers: int = 0, logits: bool
     return 2.0 * tokens * (layer * (text.num_hidden_layers + backward_layers) + head)
 
 
-# --- memory besides weights ---------------------------------------------------------
+# --- counted and rehearsed, once for each shape ---------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def _numbers(key: str) -> dict[str, tuple[list[int], int]]:
+    """Of each component the numbers in every tensor of weights, and those in the matrices of its blocks, if it has such."""
+    found = {}
+    for name in COMPONENTS:
+        made = _SHAPES[key].build(name, torch.bfloat16)
+        blocks = getattr(made, "transformer_blocks", ())
+        linear = sum(m.weight.numel() for block in blocks for m in block.modules() if isinstance(m, nn.Linear))
+        found[name] = ([p.numel() for p in made.parameters()], linear)
+    return found
 
 
 @lru_cache(maxsize=32)
-def _image_use(key: str, batch: int, size: int, rank: int, backward: bool, checkpointed: bool, dtype: torch.dtype) -> Use:
+def _image_use(
+    key: str, batch: int, size: int, rank: int, backward: bool, checkpointed: bool, dtype: torch.dtype
+) -> Use:
     shape = _SHAPES[key]
     side = size // shape.patch
     return rehearsal.image_step(
@@ -271,7 +293,12 @@ def _text_use(key: str, rows: int, tokens: int, dtype: torch.dtype) -> Use:
 def _edit_use(key: str, edited: int, above: int, modules: tuple[str, ...], dtype: torch.dtype) -> Use:
     shape = _SHAPES[key]
     return rehearsal.edit(
-        lambda n: shape.with_layers(text_layers=n).build("text_encoder", dtype), edited, above, modules, ROWS, ROW_TOKENS
+        lambda n: shape.with_layers(text_layers=n).build("text_encoder", dtype),
+        edited,
+        above,
+        modules,
+        ROWS,
+        ROW_TOKENS,
     )
 
 
@@ -406,7 +433,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; memory in GiB."""
-        shown = self.chosen or self.needs[-1]
+        shown = self.chosen or ([need for need in self.needs if need.tier is not CPU] or list(self.needs))[-1]
         work = self.works[shown.tier.name]
         seconds = work.seconds(self.task, self.machine.tflops, shown.tier is not CPU)
         return {
@@ -525,7 +552,11 @@ def _beside(
         decoded = _vae_use(key, batch, size, True, dtype).peak * kernels
         drawn = _image_use(key, batch, size, rank, False, False, dtype).peak
         both = ("transformer", "vae")
-        return [reading, ("drawing", both, drawn + _lora(shape, rank)), ("decoding", both, decoded + _lora(shape, rank))]
+        return [
+            reading,
+            ("drawing", both, drawn + _lora(shape, rank)),
+            ("decoding", both, decoded + _lora(shape, rank)),
+        ]
     if task == "bind":
         return [("finding edits", ("text_encoder",), _edit_beside(shape, dtype))]
     texts = (1 + PHOTOS + len(OTHER_LOOKS)) * SUBJECTS + 2 * learning.prior_prompts
@@ -556,10 +587,14 @@ def _training(key: str, tier: Tier, samples: int, size: int, rank: int, dtype: t
 
 def _edit_beside(shape: Shape, dtype: torch.dtype) -> float:
     settings, text = EditSettings.for_model(shape.defaults.edit), shape.text
-    matrices = len(settings.layers) * len(settings.modules)
     edited, above = len(settings.layers), text.num_hidden_layers - 1 - max(settings.layers)
-    grams = GRAMS * matrices * text.hidden_size**2 * 8
-    return grams + _edit_use(_key(shape), edited, above, tuple(settings.modules), dtype).peak
+    layer = shape.with_layers(text_layers=1).build("text_encoder", dtype).model.language_model.layers[0]
+    matrices = [layer.get_submodule(name) for name in settings.modules]
+    grams = GRAMS * sum(each.in_features**2 for each in matrices) * edited * 8
+    factors = HISTORY * sum(each.out_features for each in matrices) * edited * rehearsal.RANK * 4
+    return float(
+        grams + factors + _edit_use(_key(shape), edited, above, tuple(settings.modules), dtype).peak
+    )  # fmt: skip
 
 
 def _lora(shape: Shape, rank: int) -> float:
@@ -583,8 +618,10 @@ def work(shape: Shape, task: str, tier: Tier, size: int) -> Work:
         return Work("image", (steps * guided * image_flops(shape, 1, size) + reading) / 1e12, 1, 0.0,
                     steps * guided * shape.blocks)  # fmt: skip
     if task == "bind":
-        once = text_flops(shape, CORPUS_TOKENS)
-        return Work("edit", text_flops(shape, EDIT_TOKENS) / 1e12, 1, once / 1e12, 0.0)
+        settings = EditSettings.for_model(shape.defaults.edit)
+        above = shape.text.num_hidden_layers - min(settings.layers)  # no gradient goes below the first that is edited
+        each = text_flops(shape, PASSED) + text_flops(shape, EVALUATED, backward_layers=above)
+        return Work("edit", each / 1e12, 1, text_flops(shape, CORPUS) / 1e12, 0.0)
     settings = LearnSettings.for_model(shape.defaults.learn)
     blocks = shape.blocks
     again = 0.0 if tier.kept == 1 else 1 - sum(tier.keeps(block) for block in range(blocks)) / blocks

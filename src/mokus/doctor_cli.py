@@ -40,8 +40,12 @@ def set_tier(ctx: typer.Context, name: str) -> None:
 def doctor(
     model: Annotated[
         str | None,
-        typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature",
-                     help="Hub id or folder; only its configs are read, and Qwen/Qwen-Image's are at hand."),
+        typer.Option(
+            "--model",
+            envvar="MOKUS_MODEL",
+            show_default="the miniature",
+            help="Hub id or folder; only its configs are read, and Qwen/Qwen-Image's are at hand.",
+        ),
     ] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="learn, bind or generate; may be repeated.", show_default="all three")
@@ -50,9 +54,7 @@ def doctor(
         int | None, typer.Option(help="Height and width, pixels.", show_default="the model's", min=1)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images drawn at a time.", min=1)] = 1,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1.", show_default="a GPU if there is one")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.", show_default="a GPU if there is one")] = None,
     gpu_memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Plan for a GPU with so much memory, which need not be here.")
     ] = None,
@@ -101,7 +103,9 @@ def _print(plans: list[Plan]) -> None:
     machine, out = first["machine"], stdout()
     parts = ", ".join(f"{name} {n / 1e9:,.2f}" for name, n in first["parameters"].items())
     out.print(f"{first['model']}: billions of parameters: {parts}; {first['disk_gib']:.1f} GiB on disk in bfloat16")
-    sizes = ", ".join(f"{what} {machine[what]:.1f} GiB" for what in ("gpu", "host", "disk") if machine[what] is not None)
+    sizes = ", ".join(
+        f"{what} {machine[what]:.1f} GiB" for what in ("gpu", "host", "disk") if machine[what] is not None
+    )
     out.print(f"{machine['name']}: {sizes}")
     for plan in plans:
         _print_plan(plan.as_json(), out)

@@ -138,7 +138,9 @@ def merged(module: nn.Module, shifts: Shifts) -> Iterator[float]:
     """
     for path in shifts:
         if not plain(_linear(module, path)):
-            raise ValueError(f"{path} is quantised, and nothing can be added to its weight; a side branch can be `applied`")
+            raise ValueError(
+                f"{path} is quantised, and nothing can be added to its weight; a side branch can be `applied`"
+            )
     kept = {path: _linear(module, path).weight.data.clone() for path in shifts}
     lost = whole = 0.0
     try:

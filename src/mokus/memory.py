@@ -189,6 +189,8 @@ def _sentence(one: Tier, device: torch.device) -> str:
         return "this machine's memory is full; 'mokus doctor' says how much is needed, and for what."
     said = f"the memory of {device} is full in the memory tier {one.name!r}"
     if not (below := after(one)):
-        return f"{said}, which is the last; 'mokus doctor' says how much is needed, and a smaller size is yours to choose."
+        return (
+            f"{said}, which is the last; 'mokus doctor' says how much is needed, and a smaller size is yours to choose."
+        )
     only = "" if below.tasks == TASKS else f" (it can only {' and '.join(below.tasks)})"
     return f"{said}; the next one down is 'mokus --tier {below.name}'{only}, and 'mokus doctor' says what each needs."

@@ -94,7 +94,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    found: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    found: Tensor = _Attention.apply(query, key, value)
     return found
 
 
@@ -118,7 +118,7 @@ def image_step(
 ) -> Use:  # fmt: skip
     """A forward pass of an image transformer with a LoRA, and its backward pass, if wanted.
 
-    `build(n)`: the transformer with n blocks, on the meta device. `batch` samples of `side` x `side` patches and `tokens` of text.
+    `build(n)`: the transformer with n blocks, on the meta device. `batch` samples of `side` x `side` patches, `tokens` of text.
     """
     few, more = (
         stepped(build(n), batch, side, tokens, targets, rank, backward, checkpointed)
@@ -144,7 +144,10 @@ def stepped(
     )  # fmt: skip
     made: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     z, t = torch.rand(batch, side * side, channels, **made), torch.rand(batch, **made)
-    embeds, mask = torch.rand(batch, tokens, d, **made), torch.ones(batch, tokens, dtype=torch.bool, device=weight.device)
+    embeds, mask = (
+        torch.rand(batch, tokens, d, **made),
+        torch.ones(batch, tokens, dtype=torch.bool, device=weight.device),
+    )
     with watched(transformer) as tally, torch.set_grad_enabled(backward):
         v = flow.velocity(transformer, z, t, embeds, mask, (side, side))
         kept = tally.now
@@ -167,8 +170,8 @@ def edit(build: Callable[[int], Any], edited: int, above: int, modules: Sequence
 
     `build(n)`: the text encoder with n layers. Layers below the edited ones keep nothing. Those above count as edited ones.
     """
-    one, two = (evaluated(build(n), n, modules, rows, tokens) for n in (1, 2))
-    return one.further(two, edited + above - 1)
+    few, more = (evaluated(build(n), n, modules, rows, tokens) for n in (FEW, FEW + 1))
+    return few.further(more, edited + above - FEW)
 
 
 def evaluated(

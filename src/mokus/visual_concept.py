@@ -309,7 +309,9 @@ class _Run:
             for p in self.parameters:
                 p.data = p.data.float()
             try:
-                with memory.checkpointing(self.transformer, self.model.tier):  # all activations at 1024 pixels are 70 GB
+                with memory.checkpointing(
+                    self.transformer, self.model.tier
+                ):  # all activations at 1024 pixels are 70 GB
                     yield
             finally:
                 self.transformer.unload_lora()
