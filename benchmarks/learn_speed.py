@@ -46,8 +46,9 @@ from mokus import flow
 from mokus.compiled import check_compiler
 from mokus.console import note, one_sentence
 from mokus.errors import MokusError
+from mokus.memory import CPU, tier
 from mokus.photos import photos_of
-from mokus.pipeline import COMPONENTS, Defaults, Model, encode, fingerprint, has_room, pad
+from mokus.pipeline import COMPONENTS, Defaults, Model, encode, fingerprint, pad
 from mokus.qwen_image import TEXT, TRANSFORMER, VAE, random_pipeline
 from mokus.settings import LearnSettings
 from mokus.visual_concept import ADAPTER, _Run
@@ -75,8 +76,8 @@ def build(device: torch.device, dtype: torch.dtype, layers: int, text_layers: in
         device, dtype, {**TRANSFORMER, **(NARROW if pico else {}), "num_layers": layers}, text,
         {"base_dim": 4} if pico else VAE,
     )  # fmt: skip
-    stays = has_room(pipe, device)
-    return Model(pipe, "random weights", fingerprint(pipe), Defaults(size=size), device, stays=stays)
+    use = CPU if device.type == "cpu" else tier("checkpointed")
+    return Model(pipe, "random weights", fingerprint(pipe), Defaults(size=size), device, tier=use)
 
 
 def pictures(size: int) -> list[Image.Image]:

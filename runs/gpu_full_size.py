@@ -43,7 +43,8 @@ import mokus
 from mokus.concept_pack import ConceptPack, versions
 from mokus.console import one_sentence
 from mokus.errors import MokusError
-from mokus.pipeline import COMPONENTS, Defaults, Model, fingerprint, has_room
+from mokus.memory import CPU, tier
+from mokus.pipeline import COMPONENTS, Defaults, Model, fingerprint
 from mokus.places import NOISES, PLACES
 from mokus.qwen_image import TEXT, TRANSFORMER, TRANSFORMER_PARAMETERS, VAE, edited_layers, random_pipeline
 from mokus.settings import EditSettings, LearnSettings
@@ -227,7 +228,8 @@ def built(asked: Asked, device: torch.device) -> Model:
         there = parameters(pipe.transformer)
         if there != TRANSFORMER_PARAMETERS:
             raise MokusError(f"the image transformer has {there:,} parameters, expected {TRANSFORMER_PARAMETERS:,}.")
-    return Model(pipe, "random-weights", fingerprint(pipe), Defaults(), device, stays=has_room(pipe, device))
+    use = CPU if device.type == "cpu" else tier("checkpointed")
+    return Model(pipe, "random-weights", fingerprint(pipe), Defaults(), device, tier=use)
 
 
 def parameters(module: torch.nn.Module) -> int:
@@ -272,7 +274,7 @@ class Measurement:
         return {
             "parameters": {name: parameters(part) for name, part in parts.items()},
             "weights_gib": weights / 2**30,
-            "stays_on_the_device": model.stays,
+            "tier": model.tier.name,
         }
 
     def there(self) -> tuple[Model, Marks]:

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from mokus import flow, qwen_image
 from mokus.errors import MokusError
-from mokus.pipeline import Defaults, Model, has_room
+from mokus.memory import STAGED, TIERS
+from mokus.pipeline import Defaults, Model
 
 SIZE, LAYERS, TEXT_LAYERS = 32, 2, 4
 SMALL = [
@@ -193,7 +194,7 @@ def test_what_cannot_be_measured_is_one_sentence(given: list[str], said: str) ->
     assert result.exit_code == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-# --- a device with room for everything ---------------------------------------------------------
+# --- a tier that keeps everything on the device ---------------------------------------------------------
 
 
 class Part(torch.nn.Module):
@@ -213,17 +214,10 @@ def parts() -> QwenImagePipeline:
     return cast(QwenImagePipeline, SimpleNamespace(transformer=Part(), text_encoder=Part(), vae=Part()))
 
 
-@pytest.mark.parametrize("mib, room", [(5, False), (6, True), (100, True)])
-def test_a_gpu_has_room_if_it_holds_the_weights_twice(monkeypatch: pytest.MonkeyPatch, mib: int, room: bool) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=mib << 20))
-    assert has_room(parts(), torch.device("cuda:0")) is room
-    assert has_room(parts(), torch.device("cpu")) is False
-
-
 @pytest.mark.parametrize("stays", [False, True])
 def test_what_stays_is_never_moved(stays: bool) -> None:
     pipe = parts()
-    model = Model(pipe, "far", "0" * 64, Defaults(), torch.device("cuda:0"), stays=stays)
+    model = Model(pipe, "far", "0" * 64, Defaults(), torch.device("cuda:0"), tier=TIERS[0] if stays else STAGED)
     with pytest.raises(KeyError), model.resident("vae"), model.resident("text_encoder"):
         raise KeyError
     assert bool(pipe.transformer.sent) is not stays

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mokus import __version__, packs_cli
+from mokus import __version__, doctor_cli, packs_cli
 from mokus.bench import uses_cli
 from mokus.bench.knowcusbench.cli import knowcus
 from mokus.bench.wise.cli import wise
@@ -50,6 +50,7 @@ app.add_typer(bench, name="bench")
 bench.add_typer(knowcus, name="knowcus")
 bench.add_typer(wise, name="wise")
 uses_cli.register(bench)
+doctor_cli.register(app)
 
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
 PackOption = Annotated[list[Path] | None, typer.Option("--pack", help="A concept pack to use; may be repeated.")]
@@ -604,10 +605,22 @@ def _print_edits(edits: list[Edit]) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _version(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    tier: Annotated[
+        str | None,
+        typer.Option(
+            help="How memory is used by whatever loads a model (MOKUS_TIER says it, too); see 'mokus doctor'.",
+            show_default="the first that fits",
+        ),
+    ] = None,
+) -> None:
     if version:
         typer.echo(f"mokus {__version__}")
         raise typer.Exit
+    if tier is not None:
+        doctor_cli.set_tier(ctx, tier)
 
 
 def main() -> None:

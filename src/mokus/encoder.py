@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from mokus.capture import recorded
 from mokus.errors import MokusError
 from mokus.low_rank import Shifts, applied
+from mokus.memory import plain
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model
@@ -49,6 +50,11 @@ def module_paths(model: Model, settings: EditSettings) -> list[str]:
             raise MokusError(
                 f"{name!r} is no module of the text encoder's layers with a weight matrix, expected names such as "
                 "mlp.gate_proj."
+            )
+        if not plain(layers[0].get_submodule(name)):
+            raise MokusError(
+                f"{name!r} is quantised in this text encoder, and edits are found in plain weights; edit with the model in "
+                "bfloat16 or float32. Packs that are there can be used with it."
             )
     names = dict.fromkeys(settings.modules)
     inside = model.backbone.language_model

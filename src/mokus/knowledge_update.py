@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mokus import memory
 from mokus.editors import Editor, editor, rewrite
 from mokus.encoder import LONGEST_ANSWER, distance, in_template, tails
 from mokus.errors import MokusError
@@ -177,6 +178,7 @@ def create_pack(
 
 def _editing(model: Model, settings: EditSettings | None) -> EditSettings:
     settings = settings or EditSettings.for_editor(model.defaults)
+    memory.check(model.tier, "bind")
     if settings.editor == "rewrite":
         rewrite.refuse()
     return settings

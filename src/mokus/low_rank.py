@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mokus.memory import plain
+
 
 @dataclass(frozen=True)
 class LowRankShift:
@@ -132,8 +134,13 @@ def merged(module: nn.Module, shifts: Shifts) -> Iterator[float]:
     """Inside, the changes are added to the weights themselves, in their dtype, as the paper's code does; for comparison.
 
     Gives the share of the change that rounding loses, ||(W' - W) - dW|| / ||dW|| (Frobenius, over all modules). The weights
-    are copied and put back, so they are the same bits afterwards.
+    are copied and put back, so they are the same bits afterwards. Raises `ValueError` for quantised weights.
     """
+    for path in shifts:
+        if not plain(_linear(module, path)):
+            raise ValueError(
+                f"{path} is quantised, and nothing can be added to its weight; a side branch can be `applied`"
+            )
     kept = {path: _linear(module, path).weight.data.clone() for path in shifts}
     lost = whole = 0.0
     try:
@@ -167,8 +174,8 @@ def _side_branches(linear: nn.Linear, shifts: list[LowRankShift]) -> Any:
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x, dtype = inputs[0].float(), output.dtype
-        for a, b in factors:
-            output = output + F.linear(F.linear(x, a), b)
+        for a, b in factors:  # a weight that comes and goes need not have been where its inputs are
+            output = output + F.linear(F.linear(x, a.to(x.device)), b.to(x.device))
         return output.to(dtype)
 
     return hook

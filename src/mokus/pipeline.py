@@ -21,8 +21,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mokus import memory
 from mokus.backbone import BACKBONES, QWEN_IMAGE, Backbone, backbone_of
 from mokus.errors import MokusError
+from mokus.memory import CPU, STAGED, Tier
 
 MINIATURE = "miniature"
 DEFAULTS_FILE = "mokus_defaults.json"
@@ -54,7 +56,7 @@ class Model:
     defaults: Defaults
     device: torch.device
     corpus: tuple[str, ...] = ()  # prompts like those it was trained on, from `mokus_corpus.txt` in its folder
-    stays: bool = False  # all components are on the device at once, and none is ever moved; see `has_room`
+    tier: Tier = STAGED  # how its memory is used
     _residents: list[tuple[str, ...]] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -86,33 +88,46 @@ class Model:
     def resident(self, *names: str) -> Iterator[None]:
         """Inside, only these components are on the device, the others in host memory.
 
-        May be nested; afterwards everything is where it was before. On a CPU, and on a device with room for all of them,
-        nothing moves: Qwen-Image's weights are 57 GB, which take long from a GPU to host memory and back.
+        May be nested; afterwards everything is where it was before. On a CPU, and in a memory tier that keeps all of them
+        on the device, nothing moves: Qwen-Image's weights are 57 GB, which take long from a GPU to host memory and back.
+        Running out of memory inside is a `MokusError` that names the next tier.
         """
-        if self.device.type == "cpu" or self.stays:
-            yield
-            return
-        self._residents.append(names)
-        try:
-            self._place()
-            yield
-        finally:
-            self._residents.pop()
-            self._place()
+        with memory.told(self.tier, self.device):
+            if self.device.type == "cpu" or self.tier.stays:
+                yield
+                return
+            self._residents.append(names)
+            try:
+                self._place()
+                yield
+            finally:
+                self._residents.pop()
+                self._place()
 
     def _place(self) -> None:
         inside = self._residents[-1] if self._residents else ()
-        for name in COMPONENTS:
+        for name in ("vae",) if self.tier.streamed else COMPONENTS:  # the others come and go by themselves
             getattr(self.pipe, name).to(self.device if name in inside else "cpu")
 
 
-def load(model: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None) -> Model:
+def load(
+    model: str | Path | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    tier: str | None = None,
+) -> Model:
     """Load a pipeline of a known family from a folder or the hub; without a name the miniature in the package.
 
     `device`: "cpu", "cuda", "cuda:1"; a GPU if there is one. `dtype` of the weights: bfloat16 on a GPU, float32 on a CPU.
-    Raises `MokusError` if there is no such model, it is of an unknown family, or the device is not there.
+    `tier`: how memory is used, by the name of one of `memory.TIERS`; else what MOKUS_TIER says, else the first that fits.
+    Raises `MokusError` if there is no such model, it is of an unknown family, the device or the tier is not there, or no
+    tier fits.
     """
-    where = _device(device)
+    wanted = tier or os.environ.get(memory.VARIABLE)
+    chosen = memory.tier(wanted) if wanted else None
+    where = device_of("cpu" if chosen is CPU and device is None else device)
+    if chosen is CPU and where.type != "cpu":
+        raise MokusError(f"the memory tier 'cpu' was asked for, and the device {where}; leave one of them out.")
     source = _source(model)
     kind = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
     index = _model_index(source)
@@ -123,6 +138,7 @@ def load(model: str | Path | None = None, device: str | None = None, dtype: torc
         )
     _check_parts(source, index)
     defaults = _defaults(source, backbone.defaults(index))
+    use = chosen or (CPU if where.type == "cpu" else _fitting(source, defaults, where, kind, backbone))
     try:
         parts = _answering(source, index, backbone, kind)
         if backbone.processor:
@@ -135,10 +151,11 @@ def load(model: str | Path | None = None, device: str | None = None, dtype: torc
     pipe.set_progress_bar_config(disable=True)
     for name in COMPONENTS:
         getattr(pipe, name).requires_grad_(False).eval()
-    if stays := has_room(pipe, where):
-        pipe.to(where)
+    identity = fingerprint(pipe)
+    with memory.told(use, where):
+        memory.place(pipe, use, where)
     name = MINIATURE if model in (None, MINIATURE) else source
-    return Model(pipe, name, fingerprint(pipe), defaults, where, _corpus(source), stays)
+    return Model(pipe, name, identity, defaults, where, _corpus(source), use)
 
 
 def _answering(source: str, index: dict[str, Any], backbone: Backbone, dtype: torch.dtype) -> dict[str, Any]:
@@ -185,12 +202,14 @@ def _source(model: str | Path | None) -> str:
     return str(files("mokus.miniature").joinpath("weights")) if model in (None, MINIATURE) else str(model)
 
 
-def has_room(pipe: Any, device: torch.device) -> bool:
-    """Whether it is a GPU that holds all components at once, and as much again for what they compute."""
-    if device.type != "cuda":
-        return False
-    weights = sum(weight.nbytes for name in COMPONENTS for weight in getattr(pipe, name).parameters())
-    return 2 * weights <= int(torch.cuda.get_device_properties(device).total_memory)
+def _fitting(source: str, defaults: Defaults, device: torch.device, dtype: torch.dtype, backbone: Backbone) -> Tier:
+    """The first tier in which all tasks fit into what is free on the GPU, by the doctor's plan."""
+    from mokus import doctor
+
+    if backbone is not QWEN_IMAGE:  # whose shapes are the only ones that the doctor knows
+        return STAGED
+    free = torch.cuda.mem_get_info(device)[0]
+    return doctor.fitting(doctor.Shape.of(source, defaults), free, dtype)
 
 
 def encode(model: Model, prompts: Sequence[str]) -> list[Tensor]:
@@ -257,7 +276,8 @@ def _config(component: Any) -> str:
     )
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of this name, by default a GPU if there is one. Raises `MokusError` if it is not there."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -37,6 +37,11 @@ TEXT = {
     "num_key_value_heads": 4, "vocab_size": 152064, "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
 }  # fmt: skip
+# ... and its vision tower, which is loaded and takes memory, though nothing is ever shown to it
+FULL_VISION = {
+    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+}  # fmt: skip
+TEXT_ENCODER_PARAMETERS = 8_292_166_656  # with it
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "fullatt_block_indexes": [0]}
 VAE: dict[str, Any] = {}  # the class's own defaults are Qwen-Image's
 LAYERS = 28  # of the language model

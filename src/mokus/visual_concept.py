@@ -37,7 +37,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from mokus import flow
+from mokus import flow, memory
 from mokus.compiled import blocks_compiled, check_compiler
 from mokus.concept_pack import ConceptPack
 from mokus.encoder import tail_length
@@ -95,6 +95,7 @@ def learn(
         check_anchor(model.tokenizer, anchor)
     word = normalise(class_word or class_word_of(anchor), "class word", "toy")
     settings = settings or LearnSettings.for_model(model.defaults.learn)
+    memory.check(model.tier, "learn")
     ConceptPack.check_place(output)
     _check_transformer(model, settings.targets)
     if settings.compile:
@@ -336,21 +337,18 @@ class _Run:
         """Inside, the transformer is on the device and has a fresh LoRA in float32; afterwards it is as before."""
         s = self.settings
         config = LoraConfig(r=s.rank, lora_alpha=s.alpha, target_modules=s.targets, init_lora_weights="gaussian")
-        saves_memory = self.model.device.type != "cpu"  # at 1024 pixels the activations of a large model fill 70 GB
         with torch.random.fork_rng(), self.model.resident("transformer"):
             torch.manual_seed(s.seed)
-            if saves_memory:
-                self.transformer.enable_gradient_checkpointing()
             self.transformer.add_adapter(config, adapter_name=ADAPTER)
             self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
             for p in self.parameters:
                 p.data = p.data.float()
             try:
-                with blocks_compiled(self.transformer, self.model.device) if s.compile else nullcontext():
+                compiled = blocks_compiled(self.transformer, self.model.device) if s.compile else nullcontext()
+                # all activations at 1024 pixels are 70 GB
+                with memory.checkpointing(self.transformer, self.model.tier), compiled:
                     yield
             finally:
-                if saves_memory:
-                    self.transformer.disable_gradient_checkpointing()
                 self.network = self.transformer
                 if not self.team.sharded:
                     self.transformer.unload_lora()

@@ -23,7 +23,7 @@ from transformers.utils import logging as chatter
 
 from mokus.bench.knowcusbench.metrics import About
 from mokus.errors import MokusError
-from mokus.pipeline import _device
+from mokus.pipeline import device_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,7 +46,7 @@ class Pretrained:
 
     def model(self, loader: Any, device: str | None = None) -> Any:
         """The model in float32, frozen, on the device; without one on a GPU if there is one."""
-        where = _device(device)
+        where = device_of(device)
         with _quiet(bars=not self._here and sys.stderr.isatty()):
             model, found = self.load(loader, dtype=torch.float32, output_loading_info=True)
         # a pooler that nothing was saved for is made at random, and not used

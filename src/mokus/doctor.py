@@ -1,0 +1,640 @@
+"""What a task needs of a machine, before anything is loaded: bytes, FLOPs, seconds, and the memory tier that fits.
+
+Only the model's configs are read. Bytes of weights are counted on the classes themselves, built without contents, and so exact;
+memory beside them is rehearsed (`rehearsal`); FLOPs follow from the shapes. `benchmarks/doctor.py` holds these against
+measurement, and docs/memory.md says with what result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import diffusers.utils.logging as log
+import torch
+from torch import nn
+
+from mokus import rehearsal
+from mokus.errors import MokusError
+from mokus.memory import CPU, TASKS, TIERS, Tier, after
+from mokus.pipeline import COMPONENTS, MINIATURE, Defaults, defaults_of
+from mokus.places import NOISES, PLACES
+from mokus.prior_prompts import OTHER_LOOKS
+from mokus.rehearsal import Use
+from mokus.settings import EditSettings, LearnSettings
+
+GIB = 2**30
+PUBLISHED = "Qwen/Qwen-Image"
+CONFIG = "config.json"
+
+TOKENS = 47  # of a prompt and the template's tail, as the image transformer sees them: a long one
+PHOTOS = 5
+SUBJECTS = 17  # the anchor and those who lend it their tokens (`visual_concept.LENDERS`)
+ROWS, ROW_TOKENS = 32, 36  # of an edit's last evaluations, its own forms and the rivals that are watched, as counted
+GRAMS = 3  # second moments that `least_drift` holds of every edited matrix, in float64
+HISTORY = (
+    15  # copies of all factors B, in float32, that L-BFGS holds: two of each of six steps, weights, gradient, direction
+)
+COPIES = 7  # of a LoRA in float32: itself, gradient, two moments, and the last good state of all but the gradient
+# Tokens that pass the text encoder, counted over three edits by `least_drift` in a small model, which does not change how many:
+# for an edit without a backward pass, into the edited layers (`encoder.Entering`, three times the rows), and through them
+# with one; for the statistics, once
+PASSED, ENTERED, EVALUATED, CORPUS = 13_000, 2_000, 15_000, 67_000
+KERNELS = (
+    1.25  # convolutions of the VAE need a quarter more for themselves than their tensors: on an H200 (docs/memory.md)
+)
+CONTEXT = 0.5 * GIB  # CUDA itself
+MARGIN = 1.05  # fragments
+PYTHON = 1.0 * GIB  # the interpreter, torch and its libraries in host memory
+
+# Of dense bf16, TFLOP/s by the makers' data sheets, with accumulation in float32
+PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
+# Of that peak what was reached on an H200, and how long one block of a forward pass takes however small it is
+SHARES = {"learn": 0.22, "generate": 0.37, "bind": 0.065}
+LEAST = {"learn": 1.31 / 180, "generate": 0.272 / 120, "bind": 0.0}
+
+
+# --- the model ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A pipeline's configs, and what can be known from them."""
+
+    source: str
+    configs: Mapping[str, Mapping[str, Any]]  # by component
+    defaults: Defaults = field(default_factory=Defaults)
+
+    @classmethod
+    def of(cls, source: str | None = None, defaults: Defaults | None = None) -> Shape:
+        """Read the configs from a folder or the hub; those of Qwen-Image are at hand. Raises `MokusError` if there are none."""
+        if source in (None, MINIATURE):
+            source = str(files("mokus.miniature").joinpath("weights"))
+        assert source is not None
+        if Path(source).is_dir() or source != PUBLISHED:
+            found = {name: _config(source, name) for name in COMPONENTS}
+        else:
+            found = published()
+        return cls(source, found, defaults or defaults_of(source))
+
+    def with_layers(self, layers: int | None = None, text_layers: int | None = None) -> Shape:
+        """The same with other numbers of blocks of the image transformer, or layers of the text encoder.
+
+        With the latter, the vision tower has one block, for speed: no prompt passes through it.
+        """
+        found = {name: dict(config) for name, config in self.configs.items()}
+        if layers is not None:
+            found["transformer"]["num_layers"] = layers
+        if text_layers is not None:
+            whole = found["text_encoder"]
+            text = dict(whole["text_config"]) if "text_config" in whole else whole  # older configs are flat
+            text.pop("layer_types", None)
+            text["num_hidden_layers"] = text_layers
+            if text is not whole:
+                whole["text_config"] = text
+            whole["vision_config"] = {**whole.get("vision_config", {}), "depth": 1}
+        return Shape(self.source, found, self.defaults)
+
+    def build(self, name: str, dtype: torch.dtype) -> Any:
+        """A component on the meta device: shapes, no contents."""
+        import diffusers
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+        config = dict(self.configs[name])
+        try:
+            with torch.device("meta"), _quiet():
+                if name == "text_encoder":
+                    made = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(config))
+                else:
+                    default = {"transformer": "QwenImageTransformer2DModel", "vae": "AutoencoderKLQwenImage"}[name]
+                    made = getattr(diffusers, default).from_config(config)
+                return nn.Module.to(made, dtype).eval().requires_grad_(False)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise MokusError(
+                f"the config of {name} in {self.source} makes no {name} of Qwen-Image's kind ({error}); see README.md for "
+                "the models that can be used."
+            ) from error
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Numbers in each component, the text encoder's vision tower included."""
+        return {name: sum(sizes) for name, (sizes, _) in _numbers(_key(self)).items()}
+
+    @property
+    def matrices(self) -> int:
+        """Numbers in the linear layers of the image transformer's blocks, which 8 and 4 bits are for."""
+        return _numbers(_key(self))["transformer"][1]
+
+    @property
+    def largest(self) -> dict[str, int]:
+        """Numbers in each component's largest matrix: what comes and goes at once."""
+        return {name: max(sizes) for name, (sizes, _) in _numbers(_key(self)).items()}
+
+    @cached_property
+    def text(self) -> Any:
+        """The config of the text encoder's language model."""
+        from transformers import Qwen2_5_VLConfig
+
+        return Qwen2_5_VLConfig.from_dict(dict(self.configs["text_encoder"])).get_text_config()
+
+    @property
+    def blocks(self) -> int:
+        """Of the image transformer."""
+        return int(self.configs["transformer"]["num_layers"])
+
+    @property
+    def width(self) -> int:
+        """d, of the image transformer."""
+        config = self.configs["transformer"]
+        return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+    @property
+    def patch(self) -> int:
+        """Pixels of one image token's side."""
+        return 2 * 2 ** len(self.configs["vae"].get("temperal_downsample") or [False, True, True])
+
+    def weights(self, tier: Tier, dtype: torch.dtype) -> dict[str, int]:
+        """Bytes of each component in a tier.
+
+        NF4 has half a byte a number, a byte of scale for 64 of them and a float32 for 256 scales; LLM.int8() a byte a number.
+        """
+        found = {name: n * dtype.itemsize for name, n in self.parameters.items()}
+        if tier.bits < 16:
+            each = 1.0 if tier.bits == 8 else 0.5 + 1 / 64 + 4 / (64 * 256)
+            found["transformer"] += int(self.matrices * (each - dtype.itemsize))
+        return found
+
+
+def published() -> dict[str, dict[str, Any]]:
+    """The configs of Qwen/Qwen-Image, as `qwen_image` has them, with the whole vision tower."""
+    from mokus.qwen_image import FULL_VISION, TEXT, TRANSFORMER, VAE
+
+    text = {"text_config": dict(TEXT), "vision_config": dict(FULL_VISION)}
+    return {"transformer": dict(TRANSFORMER), "text_encoder": text, "vae": dict(VAE)}
+
+
+def _config(source: str, name: str) -> dict[str, Any]:
+    folder = Path(source)
+    if folder.is_dir():
+        file = folder / name / CONFIG
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            file = Path(hf_hub_download(source, f"{name}/{CONFIG}"))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise MokusError(
+                f"the configs of {source!r} are neither a folder here nor in a repository that the hub gave; check the name "
+                f"and the connection, or leave --model out for the miniature ({PUBLISHED}'s are at hand)."
+            ) from error
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MokusError(f"{file} cannot be read as a config ({error}); get a whole copy of the model.") from error
+    return dict(found)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, diffusers does not warn of keys in a config that it has no use for."""
+    before = log.get_verbosity()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(before)
+
+
+# --- FLOPs ---------------------------------------------------------
+
+
+def image_flops(
+    shape: Shape, batch: int, size: int, tokens: int = TOKENS, backward: bool = False, again: float = 0.0
+) -> float:
+    """FLOPs of the image transformer for a batch of images of size x size pixels with so many tokens of text.
+
+    A matrix of p numbers takes 2 p a token. A block of width d has 12 d^2 numbers for image tokens and as many for text
+    tokens, and 12 d^2 more that modulate them, for one token a sample; attention over n + s tokens is two products:
+
+        b L (24 d^2 (n + s + 1) + 4 d (n + s)^2)
+
+    With a LoRA trained, `backward` is as much again for matrices, whose own gradients nobody wants, and five products for two
+    in attention. `again`: the share of blocks that run forward a second time, as with gradient checkpointing.
+    """
+    d, n = shape.width, (size // shape.patch) ** 2
+    config = shape.configs["transformer"]
+    matrices, attention = 24 * d * d * (n + tokens + 1), 4 * d * (n + tokens) ** 2
+    blocks = matrices * (1 + again + backward) + attention * (1 + again + 2.5 * backward)
+    channels = int(config.get("in_channels", 64))
+    ends = 2 * d * (2 * channels * n + int(config["joint_attention_dim"]) * tokens) * (1 + backward)
+    return batch * (shape.blocks * blocks + ends)
+
+
+def text_flops(
+    shape: Shape, tokens: int, layers: int | None = None, backward_layers: int = 0, logits: bool = False
+) -> float:
+    """FLOPs of the text encoder for so many tokens in all; attention's products are small beside its matrices at some 60.
+
+    `layers`: how many they pass, by default all; `backward_layers`: how many take part in the backward pass. `logits`: of
+    every token as well.
+    """
+    text = shape.text
+    d, heads = text.hidden_size, text.num_attention_heads
+    narrow = d * text.num_key_value_heads // heads
+    layer = 2 * d * d + 2 * d * narrow + 3 * d * text.intermediate_size
+    head = d * text.vocab_size if logits else 0
+    return 2.0 * tokens * (layer * ((text.num_hidden_layers if layers is None else layers) + backward_layers) + head)
+
+
+# --- counted and rehearsed, once for each shape ---------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def _numbers(key: str) -> dict[str, tuple[list[int], int]]:
+    """Of each component the numbers in every tensor of weights, and those in the matrices of its blocks, if it has such."""
+    found = {}
+    for name in COMPONENTS:
+        made = _SHAPES[key].build(name, torch.bfloat16)
+        blocks = getattr(made, "transformer_blocks", ())
+        linear = sum(m.weight.numel() for block in blocks for m in block.modules() if isinstance(m, nn.Linear))
+        found[name] = ([p.numel() for p in made.parameters()], linear)
+    return found
+
+
+@lru_cache(maxsize=32)
+def _image_use(
+    key: str, batch: int, size: int, rank: int, backward: bool, checkpointed: bool, dtype: torch.dtype
+) -> Use:
+    shape = _SHAPES[key]
+    side = size // shape.patch
+    return rehearsal.image_step(
+        lambda n: shape.with_layers(n).build("transformer", dtype), shape.blocks, batch, side, TOKENS,
+        LearnSettings().targets, rank, backward, checkpointed,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=32)
+def _vae_use(key: str, batch: int, size: int, decoding: bool, dtype: torch.dtype) -> Use:
+    return rehearsal.vae(_SHAPES[key].build("vae", dtype), batch, size, decoding)
+
+
+@lru_cache(maxsize=32)
+def _text_use(key: str, rows: int, tokens: int, dtype: torch.dtype) -> Use:
+    return rehearsal.reading(_SHAPES[key].with_layers(text_layers=1).build("text_encoder", dtype), rows, tokens)
+
+
+@lru_cache(maxsize=32)
+def _edit_use(key: str, edited: int, above: int, modules: tuple[str, ...], dtype: torch.dtype) -> Use:
+    shape = _SHAPES[key]
+    return rehearsal.edit(
+        lambda n: shape.with_layers(text_layers=n).build("text_encoder", dtype),
+        edited,
+        above,
+        modules,
+        ROWS,
+        ROW_TOKENS,
+    )
+
+
+_SHAPES: dict[str, Shape] = {}  # by their configs, for the caches
+
+
+def _key(shape: Shape) -> str:
+    key = json.dumps({name: dict(config) for name, config in shape.configs.items()}, sort_keys=True, default=str)
+    _SHAPES[key] = shape
+    return key
+
+
+# --- the machine ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes, and TFLOP/s at best; None for what is not known or not there."""
+
+    name: str
+    gpu: float | None
+    host: float | None
+    disk: float | None
+    tflops: float | None
+
+
+def this_machine(device: torch.device, place: Path = Path(".")) -> Machine:
+    """The GPU with what is free on it, or the CPU with how fast it multiplies matrices now, in float32."""
+    host = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    disk = float(shutil.disk_usage(place).free)
+    if device.type == "cpu":
+        return Machine(f"CPU, {torch.get_num_threads()} threads", None, host, disk, cpu_tflops())
+    name = torch.cuda.get_device_name(device)
+    return Machine(name, float(torch.cuda.mem_get_info(device)[0]), host, disk, peak_of(name))
+
+
+def other_machine(gpu_gib: float, name: str | None = None) -> Machine:
+    """A machine with such a GPU. Its host and disk are not known."""
+    return Machine(name or "a GPU that is not here", gpu_gib * GIB, None, None, peak_of(name or ""))
+
+
+def peak_of(name: str) -> float | None:
+    """TFLOP/s of a card in the table, but for the slower builds of the same name."""
+    if "PCIe" in name or "NVL" in name:
+        return None
+    return next((value for card, value in PEAKS.items() if card.lower() in name.lower()), None)
+
+
+def cpu_tflops(size: int = 1024, width: int = 3072, repeats: int = 3) -> float:
+    """TFLOP/s of a float32 product (size, width) x (width, width) on this CPU: the best of several."""
+    a, b = torch.rand(size, width), torch.rand(width, width)
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - began)
+    return 2 * size * width * width / min(times) / 1e12
+
+
+# --- the plan ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a task: which components are on the device, and the most bytes there meanwhile."""
+
+    name: str
+    resident: tuple[str, ...]
+    weights: float
+    beside: float  # activations and all else
+
+    @property
+    def peak(self) -> float:
+        """Bytes."""
+        return self.weights + self.beside
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a task needs in one tier."""
+
+    tier: Tier
+    stages: tuple[Stage, ...]
+    host: float  # bytes
+
+    @property
+    def peak(self) -> float:
+        """Of the device, bytes; on a CPU of the host."""
+        return max(stage.peak for stage in self.stages)
+
+    def fits(self, machine: Machine) -> bool:
+        """With room for CUDA itself and for fragments, and the host, too, as far as it is known."""
+        on_gpu = self.tier is CPU or (machine.gpu is not None and self.peak * MARGIN + CONTEXT <= machine.gpu)
+        return on_gpu and (machine.host is None or self.host <= machine.host)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done: FLOPs of one unit (a training step, an edit, an image), how many of them, FLOPs once before them."""
+
+    unit: str
+    tflop: float
+    units: int
+    once: float
+    passes: float  # times that a block of the image transformer runs in a unit
+
+    def seconds(self, task: str, tflops: float | None, on_gpu: bool) -> tuple[float, float] | None:
+        """Of a unit, and of all; None for a machine of unknown speed.
+
+        A CPU is taken to do everything as fast as products of matrices. Of a GPU's peak an H200 reached SHARES, unless
+        launching kernels took longer (LEAST).
+        """
+        if tflops is None:
+            return None
+        rate = tflops * (SHARES[task] if on_gpu else 1.0)
+        unit = max(self.tflop / rate, self.passes * LEAST[task] if on_gpu else 0.0)
+        return unit, self.once / rate + unit * self.units
+
+
+@dataclass(frozen=True)
+class Plan:
+    """For one task on one machine. `chosen` is None if nothing fits."""
+
+    shape: Shape
+    task: str
+    size: int
+    machine: Machine
+    needs: tuple[Need, ...]
+    chosen: Need | None
+    below: Need | None
+    works: Mapping[str, Work]  # by tier
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; memory in GiB."""
+        shown = self.chosen or ([need for need in self.needs if need.tier is not CPU] or list(self.needs))[-1]
+        work = self.works[shown.tier.name]
+        seconds = work.seconds(self.task, self.machine.tflops, shown.tier is not CPU)
+        return {
+            "model": self.shape.source,
+            "task": self.task,
+            "resolution": self.size,
+            "machine": {"name": self.machine.name, **_in_gib(self.machine), "tflop_per_second": self.machine.tflops},
+            "parameters": self.shape.parameters,
+            "disk_gib": sum(self.shape.parameters.values()) * 2 / GIB,
+            "tier": self.chosen.tier.name if self.chosen else None,
+            "next_tier": self.below.tier.name if self.below else None,
+            "stages": [
+                {"stage": s.name, "resident": list(s.resident), "weights_gib": s.weights / GIB, "peak_gib": s.peak / GIB}
+                for s in shown.stages
+            ],
+            "tflop_once": work.once,
+            f"tflop_per_{work.unit}": work.tflop,
+            f"{work.unit}s": work.units,
+            f"seconds_per_{work.unit}": seconds[0] if seconds else None,
+            "seconds": seconds[1] if seconds else None,
+            "tiers": [
+                {
+                    "tier": need.tier.name, "what": need.tier.text, "fits": need.fits(self.machine),
+                    "gpu_gib": None if need.tier is CPU else need.peak / GIB, "host_gib": need.host / GIB,
+                }
+                for need in self.needs
+            ],
+        }  # fmt: skip
+
+
+def _in_gib(machine: Machine) -> dict[str, float | None]:
+    return {key: None if value is None else value / GIB for key, value in
+            (("gpu", machine.gpu), ("host", machine.host), ("disk", machine.disk))}  # fmt: skip
+
+
+def plan(
+    shape: Shape, task: str, machine: Machine, size: int | None = None, batch: int = 1, dtype: torch.dtype | None = None
+) -> Plan:
+    """What the task needs in every tier, and the first that fits the machine.
+
+    `size` in pixels, `batch` images drawn at a time (learning has its own, in the settings). Raises `MokusError` for a
+    task or a size that cannot be.
+    """
+    size = shape.defaults.size if size is None else size
+    if task not in TASKS:
+        raise MokusError(f"the task is {task!r}, expected one of {', '.join(TASKS)}.")
+    if size < shape.patch or size % shape.patch:
+        raise MokusError(f"the resolution is {size}, expected a multiple of {shape.patch} pixels.")
+    on_gpu = machine.gpu is not None
+    tiers = [each for each in TIERS if task in each.tasks and (on_gpu or each is CPU)]
+    kinds = {each.name: torch.float32 if each is CPU else dtype or torch.bfloat16 for each in tiers}
+    needs = tuple(need(shape, task, each, size, batch, kinds[each.name]) for each in tiers)
+    usable = [each for each in needs if each.fits(machine) and (each.tier is not CPU or not on_gpu)]
+    chosen = usable[0] if usable else None
+    next_one = after(chosen.tier, task) if chosen else None
+    below = next((each for each in needs if each.tier is next_one), None)
+    works = {each.name: work(shape, task, each, size) for each in tiers}
+    return Plan(shape, task, size, machine, needs, chosen, below, works)
+
+
+def fitting(shape: Shape, free: float, dtype: torch.dtype) -> Tier:
+    """The first tier in which all tasks fit into so many bytes of a GPU. Raises `MokusError` if not even drawing does.
+
+    If learning or binding fits in no tier, it is the first in which drawing does: they then say that their memory is full.
+    """
+    if sum(shape.parameters.values()) * dtype.itemsize * 20 < free:
+        return TIERS[0]  # a small model needs no plan
+    machine = Machine("", free, None, None, None)
+    for tasks in (TASKS, ("generate",)):
+        for each in TIERS[:-1]:
+            if set(tasks) <= set(each.tasks) and all(
+                need(shape, task, each, shape.defaults.size, 1, dtype).fits(machine) for task in tasks
+            ):
+                return each
+    raise MokusError(
+        f"{shape.source} does not fit into the {free / GIB:.1f} GiB that are free on the GPU in any memory tier; free some, "
+        "or compute on the CPU with --tier cpu."
+    )
+
+
+def need(shape: Shape, task: str, tier: Tier, size: int, batch: int, dtype: torch.dtype) -> Need:
+    """Stage by stage, in one tier."""
+    learning = LearnSettings.for_model(shape.defaults.learn)
+    stages = tuple(
+        _stage(shape, tier, dtype, name, components, beside)
+        for name, components, beside in _beside(shape, task, tier, size, batch, dtype, learning)
+    )
+    whole = sum(n * dtype.itemsize for n in shape.parameters.values()) + PYTHON  # all of it passes through the host
+    whole += _preserved(shape, size, learning) if task == "learn" else 0.0
+    if tier is CPU:
+        whole += max(stage.beside for stage in stages)
+    return Need(tier, stages, whole)
+
+
+def _stage(
+    shape: Shape, tier: Tier, dtype: torch.dtype, name: str, components: tuple[str, ...], beside: float
+) -> Stage:  # fmt: skip
+    resident = COMPONENTS if tier.stays else components
+    weights = shape.weights(tier, dtype)
+    size = float(sum(weights[each] for each in resident))
+    if tier.streamed:
+        size = float(max(shape.largest.values()) * dtype.itemsize + (weights["vae"] if "vae" in resident else 0))
+    elif tier.bits < 16 and "transformer" in resident:
+        beside += 2 * shape.largest["transformer"] * dtype.itemsize  # a matrix as it is multiplied with
+    return Stage(name, resident, size, beside)
+
+
+def _beside(
+    shape: Shape, task: str, tier: Tier, size: int, batch: int, dtype: torch.dtype, learning: LearnSettings
+) -> list[tuple[str, tuple[str, ...], float]]:
+    """Name, components and bytes beside the weights of each stage of the task."""
+    key, rank = _key(shape), learning.rank
+    kernels = 1.0 if tier is CPU else KERNELS
+    reading = ("reading prompts", ("text_encoder",), _text_use(key, 1, TOKENS, dtype).peak)
+    if task == "generate":
+        decoded = _vae_use(key, batch, size, True, dtype).peak * kernels
+        drawn = _image_use(key, batch, size, rank, False, False, dtype).peak
+        both = ("transformer", "vae")
+        return [
+            reading,
+            ("drawing", both, drawn + _lora(shape, rank)),
+            ("decoding", both, decoded + _lora(shape, rank)),
+        ]
+    if task == "bind":
+        return [("finding edits", ("text_encoder",), _edit_beside(shape, dtype))]
+    texts = (1 + PHOTOS + len(OTHER_LOOKS)) * SUBJECTS + 2 * learning.prior_prompts
+    held = texts * TOKENS * int(shape.configs["transformer"]["joint_attention_dim"]) * dtype.itemsize
+    recorded = max(8 * learning.prior_batch_size if learning.prior_weight else 1, NOISES)
+    samples = learning.batch_size + (learning.prior_batch_size if learning.prior_weight else 0)
+    adapter = COPIES * _lora(shape, rank)
+    return [
+        ("reading photos", ("vae",), _vae_use(key, 1, size, False, dtype).peak * kernels),
+        (*reading[:2], reading[2] + held),
+        ("places, what must stay", ("transformer",),
+         _image_use(key, recorded, size, rank, False, False, dtype).peak + held),
+        ("learning", ("transformer",), _training(key, tier, samples, size, rank, dtype) + held + adapter),
+    ]  # fmt: skip
+
+
+def _training(key: str, tier: Tier, samples: int, size: int, rank: int, dtype: torch.dtype) -> float:
+    """Of a training step: with all activations, with none, or with those of one block in so many."""
+    if tier.kept == 1:
+        return _image_use(key, samples, size, rank, True, False, dtype).peak
+    none = _image_use(key, samples, size, rank, True, True, dtype)
+    if not tier.kept:
+        return none.peak
+    every, blocks = _image_use(key, samples, size, rank, True, False, dtype), _SHAPES[key].blocks
+    share = sum(tier.keeps(block) for block in range(blocks)) / blocks
+    return none.peak + share * (every.kept - none.kept)
+
+
+def _edit_beside(shape: Shape, dtype: torch.dtype) -> float:
+    settings, text = EditSettings.for_model(shape.defaults.edit), shape.text
+    edited, above = len(settings.layers), text.num_hidden_layers - 1 - max(settings.layers)
+    layer = shape.with_layers(text_layers=1).build("text_encoder", dtype).model.language_model.layers[0]
+    matrices = [layer.get_submodule(name) for name in settings.modules]
+    grams = GRAMS * sum(each.in_features**2 for each in matrices) * edited * 8
+    factors = HISTORY * sum(each.out_features for each in matrices) * edited * rehearsal.RANK * 4
+    return float(
+        grams + factors + _edit_use(_key(shape), edited, above, tuple(settings.modules), dtype).peak
+    )  # fmt: skip
+
+
+def _lora(shape: Shape, rank: int) -> float:
+    """Bytes in float32, on the four projections of images that stage 1 trains by default, all d x d."""
+    return 4.0 * shape.blocks * len(LearnSettings().targets) * 2 * rank * shape.width
+
+
+def _preserved(shape: Shape, size: int, settings: LearnSettings) -> float:
+    """Bytes of the base model's velocities, with where they are taken, which are kept on the host in float32."""
+    points = settings.prior_prompts * (settings.prior_steps + max(1, settings.prior_steps // 2))
+    channels = int(shape.configs["transformer"].get("in_channels", 64))
+    return 2.0 * 4 * points * (size // shape.patch) ** 2 * channels * bool(settings.prior_weight)
+
+
+def work(shape: Shape, task: str, tier: Tier, size: int) -> Work:
+    """FLOPs of a training step, an edit, or an image with guidance."""
+    if task == "generate":
+        guided = 1 + (shape.defaults.true_cfg_scale > 1)
+        steps = shape.defaults.steps
+        reading = guided * text_flops(shape, TOKENS, logits=True)
+        return Work("image", (steps * guided * image_flops(shape, 1, size) + reading) / 1e12, 1, 0.0,
+                    steps * guided * shape.blocks)  # fmt: skip
+    if task == "bind":
+        editing = EditSettings.for_model(shape.defaults.edit)
+        above = shape.text.num_hidden_layers - min(editing.layers)  # no gradient goes below the first that is edited
+        below = shape.text.num_hidden_layers - above
+        each = (
+            text_flops(shape, PASSED) + text_flops(shape, ENTERED, below) + text_flops(shape, EVALUATED, above, above)
+        )
+        return Work("edit", each / 1e12, 1, text_flops(shape, CORPUS) / 1e12, 0.0)
+    settings = LearnSettings.for_model(shape.defaults.learn)
+    blocks = shape.blocks
+    again = 0.0 if tier.kept == 1 else 1 - sum(tier.keeps(block) for block in range(blocks)) / blocks
+    samples = settings.batch_size + (settings.prior_batch_size if settings.prior_weight else 0)
+    step = image_flops(shape, samples, size, backward=True, again=again)
+    points = settings.prior_prompts * (settings.prior_steps + max(1, settings.prior_steps // 2))
+    points = points * bool(settings.prior_weight) + PHOTOS * NOISES * (len(PLACES) + 1) * (settings.place_share > 0)
+    once = image_flops(shape, points, size)
+    return Work("step", step / 1e12, settings.steps, once / 1e12, blocks * (2 + again))

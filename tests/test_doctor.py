@@ -1,0 +1,255 @@
+"""The doctor's estimates against real tensors of the pico model, PyTorch's counter and an H200; and its command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import doctor as bench
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from mokus import doctor, memory, pipeline, qwen_image, rehearsal
+from mokus.cli import app
+from mokus.doctor import GIB, Machine, Shape
+from mokus.errors import MokusError
+from mokus.pipeline import COMPONENTS, Defaults
+from mokus.settings import EditSettings, LearnSettings
+
+TARGETS = LearnSettings().targets
+
+
+@pytest.fixture(scope="module")
+def published() -> Shape:
+    return Shape.of(doctor.PUBLISHED)
+
+
+@pytest.fixture(scope="module")
+def small(pico_folder: Path) -> Shape:
+    """Pico's shape, with edits of a layer that it has."""
+    return Shape.of(str(pico_folder), Defaults(size=32, steps=2, edit={"layers": [1, 2]}))
+
+
+def card(gib: float) -> Machine:
+    return Machine("a card", gib * GIB, None, None, None)
+
+
+# --- weights ---------------------------------------------------------
+
+
+def test_qwen_image_s_numbers_with_its_whole_vision_tower(published: Shape) -> None:
+    assert published.parameters["transformer"] == qwen_image.TRANSFORMER_PARAMETERS
+    assert published.parameters["text_encoder"] == qwen_image.TEXT_ENCODER_PARAMETERS == 8_292_166_656
+    assert published.patch == 16 and published.width == 3072
+
+
+def test_bytes_of_weights_are_those_of_the_model_loaded(small: Shape, pico: pipeline.Model) -> None:
+    loaded = {name: sum(p.nbytes for p in getattr(pico.pipe, name).parameters()) for name in COMPONENTS}
+    assert small.weights(memory.CPU, torch.float32) == loaded
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bytes_in_few_bits_are_those_of_bitsandbytes(published: Shape, bits: int) -> None:
+    """Of a matrix of Qwen-Image's width: what it holds, its scales included."""
+    linear = torch.nn.Linear(3072, 3072, bias=False, dtype=torch.bfloat16)
+    holder = torch.nn.ModuleList([linear])
+    memory.quantise(holder, bits, torch.device("cpu"))
+    weight: Any = holder[0].weight
+    if bits == 4:
+        state = weight.quant_state
+        held = weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    else:
+        held = weight.nbytes
+    name = f"{bits}bit"
+    saved = published.weights(memory.tier("staged"), torch.bfloat16)["transformer"]
+    saved -= published.weights(memory.tier(name), torch.bfloat16)["transformer"]
+    assert saved / published.matrices == pytest.approx(2 - held / 3072**2, rel=1e-3)
+
+
+# --- FLOPs ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("backward, checkpointed", [(False, False), (True, False), (True, True)])
+def test_flops_are_those_of_pytorch_s_counter_at_real_width(
+    published: Shape, backward: bool, checkpointed: bool
+) -> None:
+    """Of a block in the middle: the first and the last one have less to do in the backward pass."""
+
+    def both(blocks: int) -> tuple[float, float]:
+        shape = published.with_layers(blocks)
+        bare = shape.build("transformer", torch.bfloat16)
+        return (
+            bench.counted(bare, (2, 64, doctor.TOKENS, TARGETS, 4, backward, checkpointed)),
+            doctor.image_flops(shape, 2, 1024, backward=backward, again=float(checkpointed)),
+        )
+
+    (counted, estimated), (more, estimated_more) = both(2), both(3)
+    scores_anew = backward * 0.5 * 2 * 4 * 3072 * (64 * 64 + doctor.TOKENS) ** 2  # which the plain kernel keeps
+    assert estimated_more - estimated - scores_anew == pytest.approx(more - counted, rel=0.01)
+
+
+def test_flops_of_the_text_encoder(small: Shape, pico: pipeline.Model) -> None:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        rehearsal.reading(pico.pipe.text_encoder, 3, 20)
+    tokens = rehearsal.PREFIX_TOKENS + 3 * 20
+    scores = counter.get_flop_counts()["Global"]
+    products = sum(n for kind, n in scores.items() if "attention" not in str(kind) and "bmm" not in str(kind))
+    assert doctor.text_flops(small, tokens) == pytest.approx(products, rel=1e-6)
+
+
+# --- memory beside the weights ---------------------------------------------------------
+
+
+def real_peak(pico: pipeline.Model, checkpointed: bool) -> int:
+    """Of a training step with contents, by the same tally."""
+    transformer = pipeline.load(pico.id, device="cpu").pipe.transformer
+
+    def watched(*modules: torch.nn.Module) -> rehearsal.Tally:
+        return rehearsal.Tally(modules)
+
+    return int(rehearsal.stepped(transformer, 2, 8, 11, TARGETS, 4, True, checkpointed, watched).peak)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_rehearsed_training_step_takes_what_a_real_one_does(
+    small: Shape, pico: pipeline.Model, checkpointed: bool
+) -> None:
+    bare = small.build("transformer", torch.float32)
+    rehearsed = rehearsal.stepped(bare, 2, 8, 11, TARGETS, 4, True, checkpointed).peak
+    assert rehearsed == pytest.approx(real_peak(pico, checkpointed), rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_more_blocks_follow_in_a_line(small: Shape, checkpointed: bool) -> None:
+    def bare(n: int) -> Any:
+        return small.with_layers(n).build("transformer", torch.float32)
+
+    given = (2, 8, 11, TARGETS, 4, True, checkpointed)
+    assert rehearsal.image_step(bare, 7, *given).peak == pytest.approx(
+        rehearsal.stepped(bare(7), *given).peak, rel=1e-3
+    )
+
+
+def test_more_edited_layers_follow_in_a_line(small: Shape) -> None:
+    def bare(n: int) -> Any:
+        return small.with_layers(text_layers=n).build("text_encoder", torch.float32)
+
+    modules = EditSettings().modules
+    several = rehearsal.evaluated(bare(5), 5, modules, 6, 9).peak
+    assert rehearsal.edit(bare, 5, 0, modules, 6, 9).peak == pytest.approx(several, rel=1e-3)
+
+
+def test_checkpointing_holds_less_and_selective_something_between(small: Shape) -> None:
+    several = small.with_layers(8)
+    every, some, none = (
+        doctor.need(several, "learn", memory.tier(name), 128, 1, torch.float32).stages[-1].beside
+        for name in ("all", "selective", "checkpointed")
+    )
+    assert none < some < every
+
+
+# --- an H200 ---------------------------------------------------------
+
+
+def test_the_h200_s_memory_and_flops_at_full_size() -> None:
+    rows = list(bench.full_size())
+    assert len(rows) == 1 + 4 * 4 + 4
+    assert rows[0]["estimated"] == rows[0]["measured"]  # bytes of weights
+    for row in rows:
+        assert abs(row["error"]) <= bench.WANTED, row
+        if row["what"].endswith("peak memory"):
+            assert abs(row["error"]) < 0.02, row
+
+
+# --- plans ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("gib, name", [(24, "4bit"), (48, "staged"), (80, "selective"), (140, "all")])
+def test_learning_at_1024_pixels_fits(published: Shape, gib: float, name: str) -> None:
+    plan = doctor.plan(published, "learn", card(gib), 1024)
+    assert plan.chosen is not None and plan.chosen.tier.name == name
+    assert plan.chosen.peak * doctor.MARGIN + doctor.CONTEXT <= gib * GIB
+    assert plan.below is None or plan.below.peak < plan.chosen.peak
+
+
+def test_a_smaller_card_never_gets_a_larger_tier(published: Shape) -> None:
+    order = [tier.name for tier in memory.TIERS]
+    found = []
+    for gib in (140, 90, 80, 60, 48, 40, 32, 24, 18):
+        chosen = doctor.plan(published, "learn", card(gib), 1024).chosen
+        found.append(order.index(chosen.tier.name) if chosen else len(order))
+    assert found == sorted(found)
+
+
+def test_nothing_fits_a_tiny_card(published: Shape) -> None:
+    plan = doctor.plan(published, "learn", card(8), 1024)
+    assert plan.chosen is None and plan.as_json()["tier"] is None
+    with pytest.raises(MokusError, match="in any memory tier"):
+        doctor.fitting(published, 4 * GIB, torch.bfloat16)
+
+
+def test_a_full_host_counts_as_well(small: Shape) -> None:
+    roomy = Machine("CPU", None, 64 * GIB, None, 0.02)
+    assert (chosen := doctor.plan(small, "learn", roomy).chosen) is not None and chosen.tier is memory.CPU
+    assert doctor.plan(small, "learn", replace(roomy, host=float(1 << 20))).chosen is None
+
+
+def test_a_small_model_needs_no_plan_and_a_large_one_is_planned(small: Shape, published: Shape) -> None:
+    assert doctor.fitting(small, 8 * GIB, torch.bfloat16) is memory.TIERS[0]
+    assert doctor.fitting(published, 79 * GIB, torch.bfloat16).name == "selective"
+    assert doctor.fitting(published, 24 * GIB, torch.bfloat16).name == "4bit"  # binding does not fit, drawing does
+
+
+@pytest.mark.parametrize("task, size, words", [("paint", 32, "learn, bind, generate"), ("learn", 33, "multiple of")])
+def test_what_cannot_be_planned(small: Shape, task: str, size: int, words: str) -> None:
+    with pytest.raises(MokusError, match=words):
+        doctor.plan(small, task, card(1), size)
+
+
+# --- the command ---------------------------------------------------------
+
+
+def run(*given: str) -> Any:
+    return CliRunner().invoke(app, ["doctor", *given])
+
+
+def test_the_command_plans_for_a_machine_that_is_not_here() -> None:
+    result = run("--model", doctor.PUBLISHED, "--task", "learn", "--gpu-memory", "24", "--json")
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)
+    assert (found["tier"], found["next_tier"], found["resolution"]) == ("4bit", None, 1024)
+    assert found["machine"]["gpu"] == 24 and found["seconds"] is None
+    assert max(each["peak_gib"] for each in found["stages"]) == next(
+        each["gpu_gib"] for each in found["tiers"] if each["tier"] == "4bit"
+    )
+    assert next(each["tier"] for each in found["tiers"] if each["fits"]) == "4bit"
+    none = run("--model", doctor.PUBLISHED, "--task", "learn", "--gpu-memory", "8")
+    assert none.exit_code == 1 and "fits in no tier" in none.stdout
+
+
+def test_the_command_plans_for_this_machine(pico_folder: Path) -> None:
+    result = run("--model", str(pico_folder), "--device", "cpu", "--task", "generate", "--json")
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)
+    assert found["tier"] == "cpu" and 0 < found["seconds"] < 60 and found["machine"]["host"] > 1
+    told = run("--model", str(pico_folder), "--device", "cpu", "--task", "generate")
+    assert told.exit_code == 0 and "generate at 32 pixels: tier cpu" in told.stdout
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["--task", "paint"], "--task got 'paint'"),
+        (["--gpu-memory", "-3"], "--gpu-memory got -3"),
+        (["--gpu", "H100"], "goes with --gpu-memory"),
+        (["--gpu-memory", "24", "--device", "cuda"], "leave one out"),
+        (["--model", "/nowhere/to/be/found"], "the configs of"),
+    ],
+)
+def test_mistakes_are_one_sentence(given: list[str], words: str) -> None:
+    result = run(*given)
+    assert result.exit_code == 2 and words in " ".join(result.output.split()), result.output
