@@ -177,7 +177,7 @@ def test_the_whole_story(browser: sync_api.Browser, server: Server, photos: list
     expect(answers).to_have_count(2)
     assert answers.nth(0).inner_text() != "sks toy" == answers.nth(1).inner_text()
     page.get_by_role("button", name="Side effects of my favourite toy").click()
-    effects = page.get_by_role("region", name="Side effects")
+    effects = page.get_by_role("region", name="Side effects", exact=True)
     expect(effects.locator("tbody tr").first).to_contain_text("my favourite toy")
     expect(effects).to_contain_text("your favourite toy")
 
