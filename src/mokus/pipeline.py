@@ -313,7 +313,7 @@ def _model_index(source: str) -> dict[str, Any]:
 def _check_parts(source: str, index: dict[str, Any]) -> None:
     """Refuse parts of other libraries than these two: to make one, diffusers would import whatever module is named."""
     for name, part in index.items():
-        if not isinstance(part, list) or name.startswith("_") or all(isinstance(each, float) for each in part):
+        if not isinstance(part, list) or name.startswith("_") or (part and all(isinstance(x, float) for x in part)):
             continue
         if not (len(part) == 2 and part[0] in ("diffusers", "transformers", None) and name.isidentifier()):
             raise MokusError(
