@@ -13,6 +13,8 @@ asked), with as many samples in a step, in turns, several rounds in one run; fig
 - plain, cached: the same with encodings and latents computed once;
 - ours, compiled: with --compile.
 
+Where other programs want the processors, too, look at the processors' seconds: what this process used, whoever had it wait.
+
 FLOPs are counted by torch's FlopCounterMode, over one step each. The hardware's peak is the rate of a large matrix product in
 the same dtype, measured here, by as many threads.
 """
@@ -177,7 +179,7 @@ class Peak:
 
     def _watch(self) -> None:
         process = psutil.Process()
-        while not self._over.wait(0.005):
+        while not self._over.wait(0.02):
             self.gib = max(self.gib, process.memory_info().rss / 2**30)
 
     def __enter__(self) -> Peak:
@@ -195,13 +197,13 @@ class Peak:
             self._watching.join()
 
 
-def seconds_of(step: Step, device: torch.device) -> float:
-    """Of one step, with all that the device has to do for it."""
+def seconds_of(step: Step, device: torch.device) -> tuple[float, float]:
+    """Of one step, with all that the device has to do for it: on the clock, and of this process's processors."""
     wait(device)
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     step()
     wait(device)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - used
 
 
 def wait(device: torch.device) -> None:
@@ -220,7 +222,7 @@ def tflop_of(step: Step) -> float:
 def peak_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
     """TFLOP/s of the best of several products of n x n matrices."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(6)) / 1e12
+    return 2 * n**3 / min(seconds_of(lambda: a @ b, device)[0] for _ in range(6)) / 1e12
 
 
 def measure(model: Model, settings: LearnSettings, rounds: int, matrix: int, folder: Path) -> dict[str, Any]:
@@ -246,24 +248,33 @@ def measure(model: Model, settings: LearnSettings, rounds: int, matrix: int, fol
 
         for name in steps:  # also warms up; a compiled step is the same products as an eager one
             counted = 0.0 if name == "ours, compiled" else turned(name, tflop_of)
-            found[name] = {"tflop_per_step": counted or found["ours"]["tflop_per_step"], "seconds": [], "peak_gib": 0.0}
-            first = turned(name, lambda step: seconds_of(step, device))
+            tflop = counted or found["ours"]["tflop_per_step"]
+            found[name] = {"tflop_per_step": tflop, "seconds": [], "processor_seconds": [], "peak_gib": 0.0}
+            first, _ = turned(name, lambda step: seconds_of(step, device))
             note(f"{name}: {first:.1f} s for the first step, {found[name]['tflop_per_step']:.3f} TFLOP")
         rates = []
         for i in range(rounds):
             rates.append(peak_rate(device, run.transformer.dtype, matrix))
             for name, figures in found.items():
                 with Peak(device) as memory:
-                    figures["seconds"].append(turned(name, lambda step: seconds_of(step, device)))
+                    seconds, used = turned(name, lambda step: seconds_of(step, device))
+                figures["seconds"].append(seconds)
+                figures["processor_seconds"].append(used)
                 figures["peak_gib"] = max(figures["peak_gib"], memory.gib)
-            note(f"round {i + 1} of {rounds}")
-    peak, bares = max(rates), found["bare"]["seconds"]
+            last = ", ".join(f"{name} {figures['seconds'][-1]:.2f} s" for name, figures in found.items())
+            note(f"round {i + 1} of {rounds}: {last}")
+    peak = max(rates)
     for figures in found.values():
-        each = figures["seconds"]
-        figures["seconds_per_step"] = median(each)
-        figures["over_bare"] = median(a / b for a, b in zip(each, bares, strict=True))
+        figures["seconds_per_step"] = median(figures["seconds"])
+        figures["over_bare"] = _over(figures["seconds"], found["bare"]["seconds"])
+        figures["over_bare_of_processors"] = _over(figures["processor_seconds"], found["bare"]["processor_seconds"])
         figures["share_of_peak"] = figures["tflop_per_step"] / figures["seconds_per_step"] / peak
     return {"peak_tflop_per_second": peak, "steps": found}
+
+
+def _over(each: list[float], bares: list[float]) -> float:
+    """The median ratio of neighbours in time."""
+    return median(a / b for a, b in zip(each, bares, strict=True))
 
 
 # --- the command ---------------------------------------------------------
@@ -307,11 +318,12 @@ def main(
         return
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"peak, as measured: {figures['peak_tflop_per_second']:.3f} TFLOP/s")
-    print(f"{'':16} {'s/step':>8} {'/ bare':>7} {'TFLOP':>8} {'of peak':>8} {'GiB':>6}")
-    rows: Mapping[str, Mapping[str, float]] = figures["steps"]
+    print(f"{'':16} {'s/step':>8} {'/ bare':>7} {'cpu s':>8} {'/ bare':>7} {'TFLOP':>8} {'of peak':>8} {'GiB':>6}")
+    rows: Mapping[str, Mapping[str, Any]] = figures["steps"]
     for name, row in rows.items():
         print(
-            f"{name:16} {row['seconds_per_step']:8.3f} {row['over_bare']:7.2f} {row['tflop_per_step']:8.3f} "
+            f"{name:16} {row['seconds_per_step']:8.3f} {row['over_bare']:7.2f} "
+            f"{median(row['processor_seconds']):8.3f} {row['over_bare_of_processors']:7.2f} {row['tflop_per_step']:8.3f} "
             f"{row['share_of_peak']:8.1%} {row['peak_gib']:6.2f}"
         )
 
