@@ -18,7 +18,16 @@ from mokus.concept_pack import LORA, ConceptPack
 from mokus.editors import editor, least_drift
 from mokus.editors.least_drift import goal_of
 from mokus.editors.watch import nearly
-from mokus.encoder import LONGEST_ANSWER, Rows, inputs_after_prefix, last_of, module_paths, prefix_length, token_ids
+from mokus.encoder import (
+    LONGEST_ANSWER,
+    Entering,
+    Rows,
+    inputs_after_prefix,
+    last_of,
+    module_paths,
+    prefix_length,
+    token_ids,
+)
 from mokus.errors import MokusError
 from mokus.goal import Request
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, near_misses, prompts, questions
@@ -175,13 +184,13 @@ def test_an_edit_that_breaks_off_does_not_either(pico: Model, monkeypatch: pytes
         edit(pico, A, ANCHOR, settings=replace(QUICK, editor="nothing"))
     calls = []
 
-    def interrupt(self: Any, model: Model, plain: Any = Rows.encode) -> Tensor:
+    def interrupt(self: Any, plain: Any = Entering.states) -> Any:
         calls.append(torch.is_grad_enabled())
         if sum(calls) == 3:  # in the middle of the search
             raise KeyboardInterrupt
-        return plain(self, model)
+        return plain(self)
 
-    monkeypatch.setattr(Rows, "encode", interrupt)
+    monkeypatch.setattr(Entering, "states", interrupt)
     with pytest.raises(KeyboardInterrupt):
         edit(pico, A, ANCHOR, settings=QUICK)
     assert_unchanged(pico, before)

@@ -80,13 +80,8 @@ def test_the_bill_of_materials_names_every_dependency(tmp_path: Path) -> None:
     pytest.importorskip("cyclonedx_py", reason="of the extra `audit`")
     file = tmp_path / "sbom.json"
     subprocess.run(
-<<<<<<< HEAD
-        [sys.executable, "-m", "cyclonedx_py", "environment", "--pyproject", ROOT / "pyproject.toml",
-         "--output-reproducible", "--no-validate", "--of", "JSON", "-o", file, sys.executable], check=True, capture_output=True,
-=======
         [sys.executable, "-m", "cyclonedx_py", "environment", "--pyproject", ROOT / "pyproject.toml", "--no-validate",
          "--of", "JSON", "-o", file, sys.executable], check=True, capture_output=True,
->>>>>>> hardening
     )  # fmt: skip
     bill = json.loads(file.read_text(encoding="utf-8"))
     assert bill["bomFormat"] == "CycloneDX"
