@@ -266,7 +266,7 @@ def test_stopped_while_a_file_is_written(
         real(self, data[: len(data) // 2])
         raise OSError("no space left")
 
-    with monkeypatch.context() as patch, pytest.raises(MokusError, match="no space.*MOKUS_CACHE"):
+    with monkeypatch.context() as patch, pytest.raises(MokusError, match=r"no space.*MOKUS_CACHE"):
         patch.setattr(Path, "write_bytes", full)
         moments(pico, PATHS, CORPUS)
     assert not list(cache.glob("*.safetensors")) and not list(cache.glob(".*.tmp"))
