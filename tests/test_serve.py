@@ -306,6 +306,16 @@ def test_a_worker_that_dies_or_refuses(running: Running) -> None:
     assert ask.draw(prompt="x")[0] == 200
 
 
+def test_a_fault_of_ours_leaves_nobody_waiting(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str, **arguments: Any) -> Future[Any]:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(running.worker, "call", broken)
+    for _ in range(2):  # what was drawn, and what comes later
+        assert error_of(running.client.draw(prompt="x"))[0] == 503
+    assert running.client.ask("GET", "/healthz")[0] == 503
+
+
 def test_those_who_go_are_not_drawn_for(running: Running) -> None:
     worker, ask = running.worker, running.client
     worker.at_once = False
@@ -388,12 +398,11 @@ def test_packs_drawn_in_one_batch_are_each_as_alone(pico: Model, pico_pack: Pack
         shelf.clear()
     by_path = {None: [], **{str(pack.path): [pack] for pack in packs}}
     by_path[str(packs[0].path)] = [pico_pack(tmp_path / "again.pack", seed=0)]
-    for wish, one, many in zip(wishes, alone, mixed, strict=True):
+    for wish, one, many in zip(wishes, alone, mixed[:6], strict=True):
         wanted = next(mokus.generate(pico, wish[1], packs=by_path[wish[0]], seeds=[wish[2]]))
         assert one == png_bytes(wanted)
         assert np.abs(pixels(many) - pixels(one)).max() <= 2
     assert np.abs(pixels(mixed[0]) - pixels(mixed[2])).max() > 20  # so looks do tell them apart
-    packs[0].reload()
     assert changed == png_bytes(next(mokus.generate(pico, wishes[0][1], packs=[packs[0]])))
 
 
@@ -435,7 +444,7 @@ def test_serve_as_a_whole(pico: Model, pico_folder: Path, pico_pack: PackFactory
             status, _, data = client.ask("POST", "/v1/prompt_embeds", asked)
             assert status == 200
             engine = QwenImagePipeline.from_pretrained(
-                pico_folder, text_encoder=None, tokenizer=None, torch_dtype=torch.float32
+                pico_folder, text_encoder=None, tokenizer=None, dtype=torch.float32
             )
             engine.set_progress_bar_config(disable=True)
             engine.load_lora_weights(pack.path, weight_name=concept_pack.LORA)
