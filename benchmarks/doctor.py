@@ -122,6 +122,8 @@ def compared(name: str, estimate: Callable[[], rehearsal.Use], real: Callable[[W
 
 def image(layers: int, size: int) -> Iterator[dict[str, Any]]:
     """Drawing's forward pass; a training step with all activations, and with checkpointing."""
+    if not layers:
+        return
     config = {**TRANSFORMER, "num_layers": layers}
     shape = doctor.Shape("truncated", {**doctor.published(), "transformer": config})
     settings, side = LearnSettings(), size // shape.patch
@@ -171,6 +173,8 @@ def counted(model: Any, given: Any) -> float:
 
 def text(layers: int) -> Iterator[dict[str, Any]]:
     """Reading prompts, and one evaluation of an edit of all layers."""
+    if not layers:
+        return
     config = {**TEXT, "num_hidden_layers": layers}
     configs = {**doctor.published(), "text_encoder": {"text_config": config, "vision_config": dict(VISION)}}
     shape, modules = doctor.Shape("truncated", configs), EditSettings().modules
@@ -270,10 +274,11 @@ def main(
             raise MokusError(f"--size got {size}, expected a multiple of 16 pixels.")
         if not Path("/proc/self/clear_refs").exists():
             raise MokusError("this reads the peak of memory from Linux's /proc, which this machine has not.")
-        rows = list(full_size())
-        rows += pictures(size)
-        rows += image(layers, size) if layers else []
-        rows += text(text_layers) if text_layers else []
+        rows = []
+        for part in (full_size(), pictures(size), image(layers, size), text(text_layers)):
+            for each in part:
+                rows.append(each)
+                say(f"  {each['what']}: {each['estimated']:.5g} {each['unit']}, measured {each['measured']:.5g}")
     off = [each["what"] for each in rows if each["error"] is not None and abs(each["error"]) > WANTED]
     if as_json:
         print(json.dumps({"size": size, "layers": layers, "text_layers": text_layers, "threads": torch.get_num_threads(),
