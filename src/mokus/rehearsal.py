@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from mokus import flow
+from mokus.backbone import QWEN_IMAGE
 from mokus.encoder import Rows
 from mokus.low_rank import LowRankShift, applied
 
@@ -195,7 +196,10 @@ def _shift(linear: nn.Linear) -> LowRankShift:
 
 
 def _as_model(encoder: Any) -> Any:
-    return SimpleNamespace(pipe=SimpleNamespace(text_encoder=encoder), device=encoder.lm_head.weight.device)
+    return SimpleNamespace(
+        pipe=SimpleNamespace(text_encoder=encoder), device=encoder.lm_head.weight.device, backbone=QWEN_IMAGE,
+        language_model=encoder.get_submodule(QWEN_IMAGE.language_model),
+    )  # fmt: skip
 
 
 def _rows(encoder: Any, rows: int, tokens: int) -> Rows:
