@@ -61,6 +61,8 @@ PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090":
 # Of that peak what was reached on an H200, and how long one block of a forward pass takes however small it is
 SHARES = {"learn": 0.22, "generate": 0.37, "bind": 0.065}
 LEAST = {"learn": 1.31 / 180, "generate": 0.272 / 120, "bind": 0.0}
+# ... and, of how fast a CPU multiplies matrices, on two shared cores with one thread: the rest goes into all that is no product
+CPU_SHARES = {"learn": 0.65, "generate": 0.6, "bind": 0.85}
 
 
 # --- the model ---------------------------------------------------------
@@ -229,15 +231,18 @@ def image_flops(
         b L (24 d^2 (n + s + 1) + 4 d (n + s)^2)
 
     With a LoRA trained, `backward` is as much again for matrices, whose own gradients nobody wants, and five products for two
-    in attention. `again`: the share of blocks that run forward a second time, as with gradient checkpointing.
+    in attention. Nothing below the first LoRA has a gradient, so the first block's 3 d^2 projections and what is before them are
+    spared, nor has what the last block makes of the text, 9 d^2. `again`: the share of blocks that run forward a second time, as
+    with gradient checkpointing.
     """
     d, n = shape.width, (size // shape.patch) ** 2
     config = shape.configs["transformer"]
     matrices, attention = 24 * d * d * (n + tokens + 1), 4 * d * (n + tokens) ** 2
     blocks = matrices * (1 + again + backward) + attention * (1 + again + 2.5 * backward)
     channels = int(config.get("in_channels", 64))
-    ends = 2 * d * (2 * channels * n + int(config["joint_attention_dim"]) * tokens) * (1 + backward)
-    return batch * (shape.blocks * blocks + ends)
+    ends = 2 * d * ((2 + backward) * channels * n + int(config["joint_attention_dim"]) * tokens)
+    spared = backward * 2 * d * d * (3 * (n + tokens) + 9 * tokens)
+    return batch * (shape.blocks * blocks + ends - spared)
 
 
 def text_flops(
@@ -412,12 +417,12 @@ class Work:
     def seconds(self, task: str, tflops: float | None, on_gpu: bool) -> tuple[float, float] | None:
         """Of a unit, and of all; None for a machine of unknown speed.
 
-        A CPU is taken to do everything as fast as products of matrices. Of a GPU's peak an H200 reached SHARES, unless
-        launching kernels took longer (LEAST).
+        Of how fast a CPU multiplies matrices CPU_SHARES are reached, of a GPU's peak SHARES, unless launching kernels takes
+        longer (LEAST).
         """
         if tflops is None:
             return None
-        rate = tflops * (SHARES[task] if on_gpu else 1.0)
+        rate = tflops * (SHARES if on_gpu else CPU_SHARES)[task]
         unit = max(self.tflop / rate, self.passes * LEAST[task] if on_gpu else 0.0)
         return unit, self.once / rate + unit * self.units
 
@@ -550,10 +555,9 @@ def _beside(
 ) -> list[tuple[str, tuple[str, ...], float]]:
     """Name, components and bytes beside the weights of each stage of the task."""
     key, rank = _key(shape), learning.rank
-    kernels = 1.0 if tier is CPU else KERNELS
     reading = ("reading prompts", ("text_encoder",), _text_use(key, 1, TOKENS, dtype).peak)
     if task == "generate":
-        decoded = _vae_use(key, batch, size, True, dtype).peak * kernels
+        decoded = _vae_use(key, batch, size, True, dtype).peak * KERNELS
         drawn = _image_use(key, batch, size, rank, False, False, dtype).peak
         both = ("transformer", "vae")
         return [
@@ -569,7 +573,7 @@ def _beside(
     samples = learning.batch_size + (learning.prior_batch_size if learning.prior_weight else 0)
     adapter = COPIES * _lora(shape, rank)
     return [
-        ("reading photos", ("vae",), _vae_use(key, 1, size, False, dtype).peak * kernels),
+        ("reading photos", ("vae",), _vae_use(key, 1, size, False, dtype).peak * KERNELS),
         (*reading[:2], reading[2] + held),
         ("places, what must stay", ("transformer",),
          _image_use(key, recorded, size, rank, False, False, dtype).peak + held),
