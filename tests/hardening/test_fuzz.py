@@ -343,7 +343,7 @@ def test_defaults_of_models(tmp_path_factory: pytest.TempPathFactory, content: b
     (folder / pipeline.DEFAULTS_FILE).write_bytes(content)
 
     def read() -> None:
-        defaults = pipeline._defaults(str(folder))
+        defaults = pipeline._defaults(str(folder), {})
         assert type(defaults.size) is int and type(defaults.steps) is int and isinstance(defaults.negative_prompt, str)
         learn = LearnSettings.for_model(defaults.learn)
         assert type(learn.steps) is int and all(isinstance(name, str) for name in learn.targets)

@@ -82,7 +82,7 @@ def ask(
         finally:
             drawing.cancel()
 
-    server.batches._some = asyncio.Event()  # of this loop
+    server.batches._some, server.batches.closed = asyncio.Event(), False  # of this loop; the last one closed it
     asyncio.run(talk())
     body = b"".join(message.get("body", b"") for message in sent if message["type"] == "http.response.body")
     return sent[0]["status"], body
