@@ -179,8 +179,10 @@ class Peak:
 
     def _watch(self) -> None:
         process = psutil.Process()
-        while not self._over.wait(0.02):
+        while True:  # looks before it asks whether all is over: what takes no time has a peak too
             self.gib = max(self.gib, process.memory_info().rss / 2**30)
+            if self._over.wait(0.02):
+                return
 
     def __enter__(self) -> Peak:
         if self.device.type == "cuda":

@@ -206,4 +206,4 @@ def test_the_class_word_of_the_anchor_is_in_the_knowledge(model: Model, monkeypa
 def test_large_photos_become_thumbnails() -> None:
     image = Image.effect_noise((1024, 1024), 60)
     assert len(report._image(image, "", "")) < 200_000
-    assert report._loss_curve([]) == "" and "<svg" in report._loss_curve([(1, 0.0), (2, 0.0)])
+    assert report.loss_curve([]) == "" and "<svg" in report.loss_curve([(1, 0.0), (2, 0.0)])
