@@ -38,8 +38,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mokus import doctor, rehearsal
 from mokus.console import one_sentence
+from mokus.doctor import plan as doctor
+from mokus.doctor import rehearsal
+from mokus.doctor.flops import TOKENS as PROMPT_TOKENS
+from mokus.doctor.flops import image_flops, text_flops
+from mokus.doctor.machine import PEAKS, cpu_tflops
+from mokus.doctor.shape import Shape, published
 from mokus.errors import MokusError
 from mokus.memory import tier
 from mokus.qwen_image import TEXT, TRANSFORMER, VISION, random_text_encoder, random_transformer, random_vae
@@ -127,12 +132,12 @@ def compared(name: str, task: str, estimate: Callable[[], rehearsal.Use], real: 
              flops: float, counted: float | None) -> list[dict[str, Any]]:  # fmt: skip
     """Memory, FLOPs and seconds of one computation."""
     say(f"{name}: {flops / 1e12:.2f} TFLOP")
-    use, watching, rates, seconds = estimate(), Watching(), [doctor.cpu_tflops()], []
+    use, watching, rates, seconds = estimate(), Watching(), [cpu_tflops()], []
     for at_once in (False, True, False):  # the first one also loads what libraries load late
         given_back(at_once)
         real(watching)
         assert watching.last is not None
-        rates.append(doctor.cpu_tflops())  # all the time, since other processes come and go
+        rates.append(cpu_tflops())  # all the time, since other processes come and go
         if at_once:
             took = watching.last
         else:
@@ -154,7 +159,7 @@ def image(layers: int, size: int) -> Iterator[dict[str, Any]]:
     if not layers:
         return
     config = {**TRANSFORMER, "num_layers": layers}
-    shape = doctor.Shape("truncated", {**doctor.published(), "transformer": config})
+    shape = Shape("truncated", {**published(), "transformer": config})
     settings, side = LearnSettings(), size // shape.patch
     cases = ((1, False, False), (BATCH, True, False), (BATCH, True, True))
     for batch, backward, checkpointed in cases:
@@ -166,9 +171,9 @@ def image(layers: int, size: int) -> Iterator[dict[str, Any]]:
         if not backward:
             estimated = shape.weights(tier("all"), torch.float32)["transformer"]
             yield row("transformer: weights", "bytes", estimated, weights)
-        given = (batch, side, doctor.TOKENS, settings.targets, settings.rank, backward, checkpointed)
+        given = (batch, side, PROMPT_TOKENS, settings.targets, settings.rank, backward, checkpointed)
 
-        def bare(n: int = layers, shape: doctor.Shape = shape) -> Any:
+        def bare(n: int = layers, shape: Shape = shape) -> Any:
             return shape.with_layers(n).build("transformer", torch.float32)
 
         def real(watching: Watching, model: Any = model, given: Any = given) -> None:
@@ -179,7 +184,7 @@ def image(layers: int, size: int) -> Iterator[dict[str, Any]]:
         def estimate(bare: Any = bare, given: Any = given) -> rehearsal.Use:
             return rehearsal.image_step(bare, layers, *given)
 
-        flops = doctor.image_flops(shape, batch, size, backward=backward, again=float(checkpointed))
+        flops = image_flops(shape, batch, size, backward=backward, again=float(checkpointed))
         yield from compared(
             name, "learn" if backward else "generate", estimate, real, weights, flops, counted(bare(), given)
         )
@@ -209,8 +214,8 @@ def text(layers: int) -> Iterator[dict[str, Any]]:
     if not layers:
         return
     config = {**TEXT, "num_hidden_layers": layers}
-    configs = {**doctor.published(), "text_encoder": {"text_config": config, "vision_config": dict(VISION)}}
-    shape, modules = doctor.Shape("truncated", configs), EditSettings().modules
+    configs = {**published(), "text_encoder": {"text_config": config, "vision_config": dict(VISION)}}
+    shape, modules = Shape("truncated", configs), EditSettings().modules
     encoder = random_text_encoder(config, dtype=torch.float32)
     weights = sum(p.nbytes for p in encoder.parameters())
     estimated = shape.weights(tier("all"), torch.float32)["text_encoder"]
@@ -219,23 +224,23 @@ def text(layers: int) -> Iterator[dict[str, Any]]:
     def bare(n: int = layers) -> Any:
         return shape.with_layers(text_layers=n).build("text_encoder", torch.float32)
 
-    prefix = doctor.text_flops(shape, rehearsal.PREFIX_TOKENS)
+    prefix = text_flops(shape, rehearsal.PREFIX_TOKENS)
     tokens = ROWS * TOKENS
     yield from compared(
         "text encoder, reading", "bind", lambda: rehearsal.reading(bare(), ROWS, TOKENS),
         lambda watching: rehearsal.reading(encoder, ROWS, TOKENS, watching), weights,
-        prefix + doctor.text_flops(shape, tokens), None,
+        prefix + text_flops(shape, tokens), None,
     )  # fmt: skip
     yield from compared(
         "text encoder, editing", "bind", lambda: rehearsal.edit(bare, layers, 0, modules, ROWS, TOKENS),
         lambda watching: rehearsal.evaluated(encoder, layers, modules, ROWS, TOKENS, watching), weights,
-        prefix + doctor.text_flops(shape, tokens, backward_layers=layers), None,
+        prefix + text_flops(shape, tokens, backward_layers=layers), None,
     )  # fmt: skip
 
 
 def pictures(size: int) -> Iterator[dict[str, Any]]:
     """The VAE's memory; its FLOPs and seconds are not estimated."""
-    shape = doctor.Shape("published", doctor.published())
+    shape = Shape("published", published())
     model = random_vae({}, dtype=torch.float32)
     weights = sum(p.nbytes for p in model.parameters())
     yield row("VAE: weights", "bytes", shape.weights(tier("all"), torch.float32)["vae"], weights)
@@ -256,10 +261,10 @@ def pictures(size: int) -> Iterator[dict[str, Any]]:
 def full_size(file: Path = H200) -> Iterator[dict[str, Any]]:
     """The estimates at Qwen-Image's size against an H200's figures, which were measured with a vision tower of one tiny block."""
     measured = json.loads(file.read_text(encoding="utf-8"))["stages"]
-    configs = doctor.published()
+    configs = published()
     configs["text_encoder"]["vision_config"] = dict(VISION)
-    shape, one = doctor.Shape("published", configs), tier("checkpointed")
-    bf16, peak = torch.bfloat16, doctor.PEAKS["H200"]
+    shape, one = Shape("published", configs), tier("checkpointed")
+    bf16, peak = torch.bfloat16, PEAKS["H200"]
     weights = sum(shape.weights(one, bf16).values())
     there = sum(measured["build"]["parameters"].values()) * 2
     yield row("H200: weights", "bytes", weights, there)
@@ -283,7 +288,7 @@ def full_size(file: Path = H200) -> Iterator[dict[str, Any]]:
     assert seconds is not None
     # that run went through the layers below the first edited one in every evaluation, which an edit has not done since
     below = min(EditSettings().layers)
-    again = doctor.text_flops(shape, doctor.EVALUATED, below) - doctor.text_flops(shape, doctor.ENTERED, below)
+    again = text_flops(shape, doctor.EVALUATED, below) - text_flops(shape, doctor.ENTERED, below)
     then = work.tflop + again / 1e12
     yield row("H200 bind: FLOPs of an edit as it was then", "TFLOP", then, found["tflop_per_piece"])
     yield row(

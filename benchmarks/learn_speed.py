@@ -45,7 +45,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mokus import flow
-from mokus.compiled import check_compiler
 from mokus.console import note, one_sentence
 from mokus.errors import MokusError
 from mokus.memory import CPU, tier
@@ -53,6 +52,7 @@ from mokus.photos import photos_of
 from mokus.pipeline import COMPONENTS, Defaults, Model, encode, fingerprint, pad
 from mokus.qwen_image import TEXT, TRANSFORMER, VAE, random_pipeline
 from mokus.settings import LearnSettings
+from mokus.training.compiled import check_compiler
 from mokus.visual_concept import ADAPTER, _Run
 
 ANCHOR, WORD, PHOTOS = "sks toy", "toy", 4

@@ -29,12 +29,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mokus.concept_pack import ConceptPack, versions
 from mokus.console import Bars, load_model, one_sentence, parse_seeds
 from mokus.generation import generate
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS
 from mokus.knowledge_update import Edit, bind
 from mokus.miniature import language, oracle, world
+from mokus.packs.concept_pack import ConceptPack, versions
 from mokus.pipeline import Model
 from mokus.settings import EditSettings, LearnSettings
 from mokus.visual_concept import learn

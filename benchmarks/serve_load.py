@@ -29,7 +29,7 @@ import psutil
 import torch
 
 import mokus
-from mokus.concept_pack import ConceptPack
+from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model
 
 RARE = ("sks", "zwx", "ohwx", "qxv", "vrk", "jzt", "xql", "wqz")

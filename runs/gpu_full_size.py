@@ -40,10 +40,10 @@ import typer
 from PIL import Image
 
 import mokus
-from mokus.concept_pack import ConceptPack, versions
 from mokus.console import one_sentence
 from mokus.errors import MokusError
 from mokus.memory import CPU, tier
+from mokus.packs.concept_pack import ConceptPack, versions
 from mokus.pipeline import COMPONENTS, Defaults, Model, fingerprint
 from mokus.places import NOISES, PLACES
 from mokus.qwen_image import TEXT, TRANSFORMER, TRANSFORMER_PARAMETERS, VAE, edited_layers, random_pipeline

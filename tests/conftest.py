@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mokus import pipeline
-from mokus.concept_pack import BoundKnowledge, ConceptPack
 from mokus.low_rank import LowRankShift
 from mokus.miniature import mmdit, text_encoder, tokenizer, vae
+from mokus.packs.concept_pack import BoundKnowledge, ConceptPack
 
 SIZE, STEPS = 32, 2
 LAYERS, BLOCKS = 4, 2

@@ -25,7 +25,6 @@ from typer.testing import CliRunner
 from mokus import pipeline
 from mokus.backbone import BACKBONES, QWEN_IMAGE, backbone_of
 from mokus.cli import app
-from mokus.concept_pack import LORA, MANIFEST, README, ConceptPack
 from mokus.editors import editor
 from mokus.encoder import Rows, answers, in_template, module_paths, prefix_length, tail_length, tails, token_ids
 from mokus.errors import MokusError
@@ -33,7 +32,8 @@ from mokus.generation import draw, generate
 from mokus.knowledge_update import ask, bind, unbind
 from mokus.low_rank import LowRankShift, Shifts, applied
 from mokus.miniature import world
-from mokus.pack_files import ADAPTER_FOLDER
+from mokus.packs.concept_pack import LORA, MANIFEST, README, ConceptPack
+from mokus.packs.files import ADAPTER_FOLDER
 from mokus.pipeline import Model, encode, pad
 from mokus.settings import EditSettings, LearnSettings
 from mokus.visual_concept import learn

@@ -22,9 +22,9 @@ from typer.testing import CliRunner, Result
 
 from mokus import __version__, console, pipeline
 from mokus.cli import app
-from mokus.concept_pack import ConceptPack
 from mokus.editors import EDITORS
 from mokus.errors import MokusError
+from mokus.packs.concept_pack import ConceptPack
 
 from .conftest import SIZE, STEPS, PackFactory
 

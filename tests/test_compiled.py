@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mokus.compiled import blocks_compiled, check_compiler
 from mokus.errors import MokusError
 from mokus.miniature import world
 from mokus.pipeline import Model
 from mokus.settings import LearnSettings
+from mokus.training.compiled import blocks_compiled, check_compiler
 from mokus.visual_concept import learn
 
 from .conftest import SIZE

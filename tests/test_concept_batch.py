@@ -15,11 +15,11 @@ from typer.testing import CliRunner, Result
 
 from mokus import visual_concept
 from mokus.cli import app
-from mokus.concept_batch import Concept, learn_all, read_concepts
-from mokus.concept_pack import ConceptPack
 from mokus.errors import MokusError
+from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model
-from mokus.processes import Processes
+from mokus.training.concept_batch import Concept, learn_all, read_concepts
+from mokus.training.processes import Processes
 
 from .conftest import SIZE
 

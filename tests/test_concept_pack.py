@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from mokus import concept_pack
 from mokus.cli import app
-from mokus.concept_pack import ADAPTER, ADAPTER_CONFIG, LORA, MANIFEST, README, ConceptPack
 from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift, Shifts
+from mokus.packs import concept_pack
+from mokus.packs.concept_pack import ADAPTER, ADAPTER_CONFIG, LORA, MANIFEST, README, ConceptPack
 from mokus.pipeline import Model
 
 from .conftest import PackFactory, known, random_lora, random_shifts

@@ -16,12 +16,12 @@ from huggingface_hub import constants
 from typer.testing import CliRunner, Result
 
 from mokus.cli import app
-from mokus.concept_pack import ConceptPack
 from mokus.errors import MokusError
 from mokus.generation import generate, packs_loaded, save_png
 from mokus.low_rank import Shifts
+from mokus.packs.concept_pack import ConceptPack
+from mokus.packs.together import chosen, shifts_of
 from mokus.pipeline import Model
-from mokus.together import chosen, shifts_of
 
 from .conftest import PackFactory
 

@@ -15,14 +15,14 @@ import torch
 from huggingface_hub import constants
 
 from mokus import pipeline
-from mokus.concept_pack import ADAPTER, LORA, README, ConceptPack
 from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.knowledge_update import answer_of, bind, request, unbind
 from mokus.low_rank import applied
+from mokus.packs.concept_pack import ADAPTER, LORA, README, ConceptPack
+from mokus.packs.together import shifts_of
 from mokus.pipeline import Model, encode
 from mokus.settings import EditSettings
-from mokus.together import shifts_of
 from mokus.virtual_concept import ASKED, create
 
 from .conftest import PackFactory, known, random_shifts

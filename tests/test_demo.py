@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from mokus import demo, report
-from mokus.concept_pack import ConceptPack
 from mokus.knowledge_update import ask
 from mokus.miniature import oracle, world
+from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Defaults, Model
 
 from .conftest import SIZE, STEPS

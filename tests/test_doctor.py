@@ -13,9 +13,13 @@ from benchmarks import doctor as bench
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from mokus import doctor, memory, pipeline, qwen_image, rehearsal
+from mokus import memory, pipeline, qwen_image
 from mokus.cli import app
-from mokus.doctor import GIB, Machine, Shape
+from mokus.doctor import plan as doctor
+from mokus.doctor import rehearsal
+from mokus.doctor.flops import TOKENS, image_flops, text_flops
+from mokus.doctor.machine import GIB, Machine
+from mokus.doctor.shape import PUBLISHED, Shape
 from mokus.errors import MokusError
 from mokus.pipeline import COMPONENTS, Defaults
 from mokus.settings import EditSettings, LearnSettings
@@ -25,7 +29,7 @@ TARGETS = LearnSettings().targets
 
 @pytest.fixture(scope="module")
 def published() -> Shape:
-    return Shape.of(doctor.PUBLISHED)
+    return Shape.of(PUBLISHED)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +84,9 @@ def test_flops_are_those_of_pytorch_s_counter_at_real_width(
     """In two blocks, of which one is the first and one the last, and so have less to do in the backward pass."""
     shape = published.with_layers(2)
     bare = shape.build("transformer", torch.bfloat16)
-    counted = bench.counted(bare, (2, 64, doctor.TOKENS, TARGETS, 4, backward, checkpointed))
-    estimated = doctor.image_flops(shape, 2, 1024, backward=backward, again=float(checkpointed))
-    scores_anew = backward * 2 * 0.5 * 2 * 4 * 3072 * (64 * 64 + doctor.TOKENS) ** 2  # which the plain kernel keeps
+    counted = bench.counted(bare, (2, 64, TOKENS, TARGETS, 4, backward, checkpointed))
+    estimated = image_flops(shape, 2, 1024, backward=backward, again=float(checkpointed))
+    scores_anew = backward * 2 * 0.5 * 2 * 4 * 3072 * (64 * 64 + TOKENS) ** 2  # which the plain kernel keeps
     assert estimated - scores_anew == pytest.approx(counted, rel=0.01)
 
 
@@ -92,7 +96,7 @@ def test_flops_of_the_text_encoder(small: Shape, pico: pipeline.Model) -> None:
     tokens = rehearsal.PREFIX_TOKENS + 3 * 20
     scores = counter.get_flop_counts()["Global"]
     products = sum(n for kind, n in scores.items() if "attention" not in str(kind) and "bmm" not in str(kind))
-    assert doctor.text_flops(small, tokens) == pytest.approx(products, rel=1e-6)
+    assert text_flops(small, tokens) == pytest.approx(products, rel=1e-6)
 
 
 # --- memory beside the weights ---------------------------------------------------------
@@ -212,7 +216,7 @@ def run(*given: str) -> Any:
 
 
 def test_the_command_plans_for_a_machine_that_is_not_here() -> None:
-    result = run("--model", doctor.PUBLISHED, "--task", "learn", "--gpu-memory", "24", "--json")
+    result = run("--model", PUBLISHED, "--task", "learn", "--gpu-memory", "24", "--json")
     assert result.exit_code == 0, result.output
     (found,) = json.loads(result.stdout)
     assert (found["tier"], found["next_tier"], found["resolution"]) == ("4bit", None, 1024)
@@ -221,7 +225,7 @@ def test_the_command_plans_for_a_machine_that_is_not_here() -> None:
         each["gpu_gib"] for each in found["tiers"] if each["tier"] == "4bit"
     )
     assert next(each["tier"] for each in found["tiers"] if each["fits"]) == "4bit"
-    none = run("--model", doctor.PUBLISHED, "--task", "learn", "--gpu-memory", "8")
+    none = run("--model", PUBLISHED, "--task", "learn", "--gpu-memory", "8")
     assert none.exit_code == 1 and "fits in no tier" in none.stdout
 
 

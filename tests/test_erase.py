@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from mokus import pipeline
-from mokus.concept_pack import ConceptPack
 from mokus.erasure import asked, erase, plain, possessive
 from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.knowledge_update import ask, unbind
+from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model
 from mokus.virtual_concept import ASKED
 

@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 
 from mokus import pipeline
 from mokus.cli import app
-from mokus.concept_pack import LORA, MANIFEST, README, ConceptPack
 from mokus.errors import MokusError
-from mokus.export import TARGETS, Exported, export
 from mokus.generation import generate
 from mokus.low_rank import LowRankShift, applied
+from mokus.packs.concept_pack import LORA, MANIFEST, README, ConceptPack
+from mokus.packs.export import TARGETS, Exported, export
 from mokus.pipeline import Model
 
 from .conftest import SIZE, STEPS, PackFactory, known, random_shifts

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import nn
 
 from mokus import pipeline
-from mokus.concept_pack import LORA, README, ConceptPack
 from mokus.errors import MokusError
 from mokus.generation import Generated, generate, packs_loaded, save_png
+from mokus.packs.concept_pack import LORA, README, ConceptPack
 from mokus.pipeline import Model
 
 from .conftest import SIZE, STEPS, PackFactory, known, random_lora, random_shifts

@@ -24,7 +24,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mokus.cli import app
-from mokus.concept_pack import LORA, MANIFEST, README, ConceptPack
+from mokus.packs.concept_pack import LORA, MANIFEST, README, ConceptPack
 from mokus.pipeline import Model
 
 from .conftest import PackFactory

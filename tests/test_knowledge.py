@@ -13,7 +13,6 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mokus.concept_pack import ConceptPack
 from mokus.console import file_names
 from mokus.errors import MokusError
 from mokus.knowledge import (
@@ -32,6 +31,7 @@ from mokus.knowledge import (
 )
 from mokus.knowledge_update import unbind
 from mokus.miniature import language, tokenizer
+from mokus.packs.concept_pack import ConceptPack
 from mokus.prior_prompts import prior_prompts, references
 
 from .conftest import PackFactory

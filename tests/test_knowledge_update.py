@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mokus import knowledge_update, pipeline
-from mokus.concept_pack import LORA, ConceptPack
 from mokus.editors import editor, least_drift
 from mokus.editors.least_drift import goal_of
 from mokus.editors.watch import nearly
@@ -33,6 +32,7 @@ from mokus.goal import Request
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, near_misses, prompts, questions
 from mokus.knowledge_update import Edit, ask, bind, edit, unbind
 from mokus.low_rank import LowRankShift, Shifts, added, applied
+from mokus.packs.concept_pack import LORA, ConceptPack
 from mokus.pipeline import Model, encode
 from mokus.prior_prompts import in_places, prior_prompts
 from mokus.settings import EditSettings

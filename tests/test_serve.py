@@ -29,10 +29,10 @@ from safetensors.torch import load as tensors_of
 from typer.testing import CliRunner
 
 import mokus
-from mokus import concept_pack
 from mokus.cli import app
 from mokus.errors import MokusError
 from mokus.generation import png_bytes
+from mokus.packs import concept_pack
 from mokus.pipeline import Model
 from mokus.studio import openai
 from mokus.studio.serve import BODY_BYTES, Limits, Server

@@ -20,9 +20,9 @@ from mokus import visual_concept
 from mokus.errors import MokusError
 from mokus.miniature import world
 from mokus.pipeline import Model
-from mokus.processes import Processes
 from mokus.settings import LearnSettings
-from mokus.trainers import Alone
+from mokus.training.processes import Processes
+from mokus.training.trainers import Alone
 
 from .conftest import ATTENTION, SIZE
 
@@ -42,9 +42,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 import mokus
-from mokus.processes import Processes
+from mokus.training.processes import Processes
 from mokus.settings import LearnSettings
-from mokus.trainers import Together
+from mokus.training.trainers import Together
 
 class Stop(Exception):
     pass

@@ -16,10 +16,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mokus import flow, visual_concept
-from mokus.concept_pack import ConceptPack
 from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.miniature import world
+from mokus.packs.concept_pack import ConceptPack
 from mokus.photos import photos_of
 from mokus.pipeline import Model
 from mokus.places import PLACES

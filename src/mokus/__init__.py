@@ -17,7 +17,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mokus.concept_pack import ConceptPack as ConceptPack
     from mokus.errors import MokusError as MokusError
     from mokus.generation import generate as generate
     from mokus.generation import save_png as save_png
@@ -25,10 +24,11 @@ if TYPE_CHECKING:
     from mokus.knowledge_update import bind as bind
     from mokus.knowledge_update import unbind as unbind
     from mokus.method import customize as customize
+    from mokus.packs.concept_pack import ConceptPack as ConceptPack
+    from mokus.packs.together import shifts_of as shifts_of
     from mokus.pipeline import load as load
     from mokus.settings import EditSettings as EditSettings
     from mokus.settings import LearnSettings as LearnSettings
-    from mokus.together import shifts_of as shifts_of
     from mokus.visual_concept import learn as learn
 
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mokus import __version__, doctor_cli, packs_cli
+from mokus import __version__
 from mokus.bench import uses_cli
 from mokus.bench.knowcusbench.cli import knowcus
 from mokus.bench.wise.cli import wise
@@ -27,15 +27,17 @@ from mokus.console import (
     stdout,
     visible,
 )
+from mokus.doctor import cli as doctor_cli
 from mokus.errors import MokusError
+from mokus.packs import cli as packs_cli
 from mokus.settings import EditSettings, LearnSettings
 from mokus.studio import serve_cli, ui_cli
 
 if TYPE_CHECKING:
-    from mokus.concept_pack import ConceptPack
     from mokus.knowledge_update import Edit
     from mokus.low_rank import Shifts
-    from mokus.processes import Processes
+    from mokus.packs.concept_pack import ConceptPack
+    from mokus.training.processes import Processes
 
 app = typer.Typer(
     cls=Commands,
@@ -496,7 +498,7 @@ serve_cli.register(app)
 
 def _learn_batch(file: Path, model: str | None, device: str | None, as_json: bool, chosen: dict[str, Any]) -> None:
     """`mokus learn --batch`."""
-    from mokus.concept_batch import learn_all, read_concepts, told
+    from mokus.training.concept_batch import learn_all, read_concepts, told
 
     concepts = read_concepts(file)
     LearnSettings(**chosen)  # what is wrong with all of them is said once
@@ -520,7 +522,7 @@ def _learn_batch(file: Path, model: str | None, device: str | None, as_json: boo
 
 def _processes(device: str | None) -> Processes:
     """Those that were launched; each has a device of its own, so none is to be named."""
-    from mokus.processes import Processes
+    from mokus.training.processes import Processes
 
     found = Processes.of_environment()
     if found.count > 1 and device is not None:
@@ -547,14 +549,14 @@ def _check_free(output: Path, overwrite: bool) -> None:
 
 
 def _open(path: Path) -> ConceptPack:
-    from mokus.concept_pack import ConceptPack
+    from mokus.packs.concept_pack import ConceptPack
 
     return ConceptPack.open(path)
 
 
 def _together(packs: list[ConceptPack], prefer: Path | None) -> list[Shifts]:
     """Find packs that contradict each other before a large model is loaded."""
-    from mokus.together import shifts_of
+    from mokus.packs.together import shifts_of
 
     return shifts_of(packs, prefer)
 

@@ -25,7 +25,7 @@ from mokus.settings import EditSettings
 from mokus.visual_concept import learn
 
 if TYPE_CHECKING:
-    from mokus.concept_pack import ConceptPack
+    from mokus.packs.concept_pack import ConceptPack
     from mokus.pipeline import Model
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]

@@ -19,7 +19,7 @@ from mokus.settings import EditSettings
 from mokus.virtual_concept import about
 
 if TYPE_CHECKING:
-    from mokus.concept_pack import ConceptPack
+    from mokus.packs.concept_pack import ConceptPack
     from mokus.pipeline import Model
 
 # What ends the noun that says what a thing is: "the lucky charm | of Boris", "the robot | my grandmother built"

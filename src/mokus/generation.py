@@ -20,12 +20,12 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mokus import low_rank
-from mokus.concept_pack import ConceptPack, versions
 from mokus.encoder import prefix_length, token_ids
 from mokus.errors import MokusError
 from mokus.knowledge import check_encodable, check_text
+from mokus.packs.concept_pack import ConceptPack, versions
+from mokus.packs.together import chosen, shifts_of
 from mokus.pipeline import Model, encode, pad
-from mokus.together import chosen, shifts_of
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -30,7 +30,7 @@ from mokus.settings import EditSettings
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mokus.concept_pack import BoundKnowledge, ConceptPack
+    from mokus.packs.concept_pack import BoundKnowledge, ConceptPack
     from mokus.pipeline import Model
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
@@ -164,7 +164,7 @@ def create_pack(
     `anchor`: what knowledge that is bound to it later shall mean. Nothing is written, and the pack is None, if no request
     has taken. Raises `MokusError` if there is something else at `path`.
     """
-    from mokus.concept_pack import ConceptPack
+    from mokus.packs.concept_pack import ConceptPack
 
     ConceptPack.check_place(path)
     settings = _editing(model, settings)
@@ -336,7 +336,7 @@ def _fails(model: Model, known: BoundKnowledge, shifts: Shifts, settings: EditSe
 
 
 def _bound(edit: Edit) -> BoundKnowledge:
-    from mokus.concept_pack import BoundKnowledge
+    from mokus.packs.concept_pack import BoundKnowledge
 
     return BoundKnowledge(
         text=edit.knowledge, questions=edit.questions, answer=edit.answer, editor=edit.settings["editor"],

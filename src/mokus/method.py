@@ -49,7 +49,7 @@ from mokus.visual_concept import learn
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mokus.concept_pack import ConceptPack
+    from mokus.packs.concept_pack import ConceptPack
     from mokus.pipeline import Model
 
 

@@ -204,12 +204,13 @@ def _source(model: str | Path | None) -> str:
 
 def _fitting(source: str, defaults: Defaults, device: torch.device, dtype: torch.dtype, backbone: Backbone) -> Tier:
     """The first tier in which all tasks fit into what is free on the GPU, by the doctor's plan."""
-    from mokus import doctor
+    from mokus.doctor.plan import fitting
+    from mokus.doctor.shape import Shape
 
     if backbone is not QWEN_IMAGE:  # whose shapes are the only ones that the doctor knows
         return STAGED
     free = torch.cuda.mem_get_info(device)[0]
-    return doctor.fitting(doctor.Shape.of(source, defaults), free, dtype)
+    return fitting(Shape.of(source, defaults), free, dtype)
 
 
 def encode(model: Model, prompts: Sequence[str]) -> list[Tensor]:

@@ -21,13 +21,13 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 from PIL import Image, ImageDraw, ImageFont
 
-from mokus.concept_pack import versions
 from mokus.editors.rewrite import rewritten
 from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.knowledge import QUESTION_FORMS, check_text, hidden, normalise
 from mokus.knowledge_update import Edit, Progress, answer_of, ask, check_meaning, edit
 from mokus.low_rank import Shifts, applied
+from mokus.packs.concept_pack import versions
 from mokus.settings import EditSettings
 from mokus.yaml_list import entries
 

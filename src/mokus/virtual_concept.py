@@ -17,7 +17,7 @@ from mokus.knowledge_update import Edit, Progress, check_meaning, create_pack, r
 from mokus.settings import EditSettings
 
 if TYPE_CHECKING:
-    from mokus.concept_pack import ConceptPack
+    from mokus.packs.concept_pack import ConceptPack
     from mokus.pipeline import Model
 
 # what can be asked about a thing and its attributes: all of it is answered by the description

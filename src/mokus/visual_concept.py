@@ -38,20 +38,20 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from mokus import flow, memory
-from mokus.compiled import blocks_compiled, check_compiler
-from mokus.concept_pack import ConceptPack
 from mokus.encoder import tail_length
 from mokus.errors import MokusError, Stopped
 from mokus.generation import draw_padded
 from mokus.knowledge import check_anchor, normalise
 from mokus.knowledge import class_word as class_word_of
+from mokus.packs.concept_pack import ConceptPack
 from mokus.photos import Photo, load_photos, photos_of
 from mokus.pipeline import encode, pad, trimmed
 from mokus.places import PLACES, place_of
 from mokus.prior_prompts import OTHER_LOOKS, in_their_places, prior_prompts, references
-from mokus.processes import Processes
 from mokus.settings import LearnSettings
-from mokus.trainers import Alone, trainer
+from mokus.training.compiled import blocks_compiled, check_compiler
+from mokus.training.processes import Processes
+from mokus.training.trainers import Alone, trainer
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model

@@ -31,8 +31,8 @@ from mokus import cli, covariance, knowledge_update, visual_concept
 from mokus.bench.knowcusbench import cli as knowcus_cli
 from mokus.bench.knowcusbench import run as knowcus_run
 from mokus.cli import app
-from mokus.concept_pack import MANIFEST, ConceptPack
 from mokus.errors import MokusError
+from mokus.packs.concept_pack import MANIFEST, ConceptPack
 from mokus.pipeline import Model
 from mokus.visual_concept import checkpoint_of
 

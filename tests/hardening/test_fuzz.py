@@ -21,10 +21,10 @@ from mokus.bench.wise import entries
 from mokus.bench.wise.judge import Judgement, _content, _Trouble, read_judgement, retry_after
 from mokus.bench.wise.protocol import RANGES, question, read_answer, read_question
 from mokus.cli import app
-from mokus.concept_pack import ADAPTER, ADAPTER_CONFIG, LORA, MANIFEST, README, ConceptPack
 from mokus.console import file_names, parse_counts, parse_seeds
 from mokus.errors import MokusError
 from mokus.knowledge import LONGEST, hidden, normalise
+from mokus.packs.concept_pack import ADAPTER, ADAPTER_CONFIG, LORA, MANIFEST, README, ConceptPack
 from mokus.pipeline import Model
 from mokus.settings import EditSettings, LearnSettings
 from mokus.transfer import read_cases

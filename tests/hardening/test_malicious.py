@@ -28,12 +28,12 @@ from typer.testing import CliRunner
 
 from mokus import covariance, demo, report
 from mokus.cli import app
-from mokus.concept_pack import ADAPTER, LORA, MANIFEST, README, ConceptPack
 from mokus.console import print_json
 from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.knowledge import hidden, normalise, same
 from mokus.knowledge_update import ask, bind
+from mokus.packs.concept_pack import ADAPTER, LORA, MANIFEST, README, ConceptPack
 from mokus.photos import load_photos
 from mokus.pipeline import Model, load
 from mokus.visual_concept import checkpoint_of, learn

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from mokus import knowledge_update
-from mokus.concept_pack import ConceptPack
 from mokus.generation import generate
 from mokus.knowledge_update import bind, unbind
+from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model, encode, fingerprint, load
 
 from ..conftest import random_lora

@@ -30,7 +30,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mokus import files
-from mokus.concept_pack import versions
 from mokus.editors import EDITORS, editor
 from mokus.editors.rewrite import rewritten
 from mokus.editors.watch import nearly
@@ -43,6 +42,7 @@ from mokus.low_rank import LowRankShift, Shifts, added, applied, collected, merg
 from mokus.miniature import language, oracle, world
 from mokus.miniature.language import article
 from mokus.miniature.world import Fact, Subject
+from mokus.packs.concept_pack import versions
 from mokus.pipeline import Model, encode
 from mokus.settings import EditSettings
 

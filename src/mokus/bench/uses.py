@@ -16,7 +16,6 @@ from typing import Any
 from PIL import Image
 
 from mokus import files
-from mokus.concept_pack import versions
 from mokus.editors import Editor, editor
 from mokus.editors.rewrite import rewritten
 from mokus.encoder import answers
@@ -24,6 +23,7 @@ from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.low_rank import Shifts, applied
 from mokus.miniature import oracle
+from mokus.packs.concept_pack import versions
 from mokus.pipeline import Model
 from mokus.settings import EditSettings
 

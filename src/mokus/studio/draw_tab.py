@@ -13,16 +13,16 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from mokus.concept_pack import ConceptPack
 from mokus.console import parse_seeds
 from mokus.errors import MokusError
 from mokus.knowledge import check_text
+from mokus.packs.concept_pack import ConceptPack
+from mokus.packs.together import contested, shifts_of
 from mokus.studio.home import SUFFIX
 from mokus.studio.jobs import Job
 from mokus.studio.page import Given, Studio, sent_to, shown_at, text
 from mokus.studio.triggers import Piece, pieces
 from mokus.studio.views import view
-from mokus.together import contested, shifts_of
 from mokus.transfer import grid
 
 KINDS = ("compare",)

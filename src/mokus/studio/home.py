@@ -15,8 +15,8 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from mokus.concept_pack import ConceptPack
 from mokus.errors import MokusError
+from mokus.packs.concept_pack import ConceptPack
 from mokus.photos import MIN_SIDE, SUFFIXES, TURNS, load_photos, upright
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from mokus.errors import MokusError
 
 if TYPE_CHECKING:
-    from mokus.concept_pack import ConceptPack
     from mokus.generation import Generated
     from mokus.knowledge_update import Edit
+    from mokus.packs.concept_pack import ConceptPack
     from mokus.pipeline import Model
     from mokus.settings import EditSettings
 
@@ -51,7 +51,7 @@ class Task:
 @contextmanager
 def alone(*packs: str) -> Iterator[None]:
     """Inside, no other process works on these packs, which need not be there yet. Raises `MokusError` if one does."""
-    from mokus.concept_pack import ConceptPack
+    from mokus.packs.concept_pack import ConceptPack
 
     with ExitStack() as held:
         for pack in sorted({str(Path(pack).resolve()) for pack in packs}):
@@ -114,7 +114,7 @@ def ask(
 ) -> dict[str, Any]:
     """`before`: also what the base model answers."""
     from mokus.knowledge_update import ask
-    from mokus.together import shifts_of
+    from mokus.packs.together import shifts_of
 
     opened, model = [_open(path) for path in packs], task.model()
     for each in opened:
@@ -259,14 +259,14 @@ def _drawn(task: Task, side: str, model: Model, prompts: list[str], **how: Any) 
 
 
 def _open(path: str) -> ConceptPack:
-    from mokus.concept_pack import ConceptPack
+    from mokus.packs.concept_pack import ConceptPack
 
     return ConceptPack.open(path)
 
 
 def _check_free(output: Path, overwrite: bool) -> None:
-    from mokus.concept_pack import ConceptPack
-    from mokus.pack_files import MANIFEST
+    from mokus.packs.concept_pack import ConceptPack
+    from mokus.packs.files import MANIFEST
 
     ConceptPack.check_place(output)
     if (output / MANIFEST).is_file() and not overwrite:

@@ -9,14 +9,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from mokus.concept_pack import ConceptPack
 from mokus.errors import MokusError
 from mokus.knowledge import near_misses, normalise, prompts, questions
+from mokus.packs.concept_pack import ConceptPack
+from mokus.packs.together import contested
 from mokus.settings import EditSettings
 from mokus.studio.page import Given, Studio, sent_to, shown_at, text
 from mokus.studio.settings_form import chosen, form_fields
 from mokus.studio.views import view
-from mokus.together import contested
 
 KINDS = ("bind", "unbind", "ask", "check", "effects")
 

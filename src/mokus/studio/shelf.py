@@ -21,13 +21,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save as bytes_of
 from torch import Tensor, nn
 
-from mokus.concept_pack import ConceptPack
 from mokus.errors import MokusError
 from mokus.generation import Generated, check_prompts, check_settings, draw, png_bytes, provenance
 from mokus.low_rank import Shifts, applied
-from mokus.pack_files import MANIFEST
+from mokus.packs.concept_pack import ConceptPack
+from mokus.packs.files import MANIFEST
+from mokus.packs.together import shifts_of
 from mokus.pipeline import encode, pad
-from mokus.together import shifts_of
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model

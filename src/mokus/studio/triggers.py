@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mokus.concept_pack import ConceptPack
+from mokus.packs.concept_pack import ConceptPack
 
 
 @dataclass(frozen=True)

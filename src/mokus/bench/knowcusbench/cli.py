@@ -240,8 +240,8 @@ def _run(
     from mokus.bench.knowcusbench import run as runner
     from mokus.bench.knowcusbench.manifest import load_suite
     from mokus.bench.knowcusbench.plan import make_plan
-    from mokus.processes import Processes
     from mokus.settings import LearnSettings
+    from mokus.training.processes import Processes
 
     loaded = load_suite(suite)
     folders = _roots(loaded, *roots)

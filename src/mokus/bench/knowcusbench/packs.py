@@ -17,9 +17,9 @@ from typing import Any
 from PIL import Image
 
 from mokus.bench.knowcusbench.recipe import Recipe
-from mokus.concept_pack import ConceptPack
 from mokus.errors import MokusError
 from mokus.knowledge_update import bind
+from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model
 from mokus.settings import LearnSettings
 from mokus.visual_concept import checkpoint_of, learn

@@ -22,10 +22,10 @@ from mokus import low_rank
 from mokus.bench.knowcusbench.packs import Progress, Shelf
 from mokus.bench.knowcusbench.plan import PHOTO_SEED, PHOTOS, Item, Plan, image_file
 from mokus.bench.knowcusbench.recipe import digest
-from mokus.concept_pack import ConceptPack, versions
 from mokus.errors import MokusError
 from mokus.files import read_json, write_json
 from mokus.generation import Generated, draw, looks_loaded, save_png
+from mokus.packs.concept_pack import ConceptPack, versions
 from mokus.pipeline import Model, encode
 
 # What may go wrong with one item while the others are fine: input that cannot be used, a pack that is damaged, memory.

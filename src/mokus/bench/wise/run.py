@@ -25,7 +25,6 @@ from mokus.bench.knowcusbench.recipe import digest
 from mokus.bench.knowcusbench.run import FAULTS
 from mokus.bench.wise.entries import Entries, Entry
 from mokus.bench.wise.knowledge import Knowledge
-from mokus.concept_pack import versions
 from mokus.editors import Editor, editor, rewrite
 from mokus.errors import MokusError
 from mokus.files import read_json, write_json
@@ -33,6 +32,7 @@ from mokus.generation import Generated, check_settings, draw, save_png
 from mokus.knowledge import check_text
 from mokus.knowledge_update import edit, request
 from mokus.low_rank import LowRankShift, Shifts, added, applied
+from mokus.packs.concept_pack import versions
 from mokus.pipeline import Model, encode
 from mokus.settings import EditSettings
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mokus.errors import MokusError
 from mokus.low_rank import Shifts
-from mokus.pack_files import as_json
+from mokus.packs.files import as_json
 
 MAX_RANK = 1 << 16
 

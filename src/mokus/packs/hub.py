@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mokus.concept_pack import ConceptPack, listed_files
 from mokus.errors import MokusError
-from mokus.pack_files import FILE, MANIFEST, MAX_FILE_BYTES, MAX_JSON_BYTES, README, locked_place, png_of, swap
+from mokus.packs.concept_pack import ConceptPack, listed_files
+from mokus.packs.files import FILE, MANIFEST, MAX_FILE_BYTES, MAX_JSON_BYTES, README, locked_place, png_of, swap
 from mokus.photos import load_photos
 
 if TYPE_CHECKING:

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from mokus import low_rank
 from mokus.backbone import QWEN_IMAGE
-from mokus.concept_pack import ConceptPack
 from mokus.errors import MokusError
-from mokus.export_card import readme
 from mokus.low_rank import LowRankShift, Shifts
-from mokus.pack_files import ADAPTER, ADAPTER_CONFIG, LORA, README
-from mokus.pack_weights import LORA_KEY, METADATA, adapter_config, adapter_tensors, factors_of
+from mokus.packs.concept_pack import ConceptPack
+from mokus.packs.export_card import readme
+from mokus.packs.files import ADAPTER, ADAPTER_CONFIG, LORA, README
+from mokus.packs.weights import LORA_KEY, METADATA, adapter_config, adapter_tensors, factors_of
 from mokus.pipeline import CORPUS_FILE, DEFAULTS_FILE, MINIATURE
 
 if TYPE_CHECKING:

@@ -41,8 +41,8 @@ from mokus.backbone import BACKBONES, QWEN_IMAGE
 from mokus.errors import MokusError
 from mokus.knowledge import LONGEST_TEXT, NOTHING_SEEN, class_word, hidden
 from mokus.low_rank import LowRankShift, Shifts, added
-from mokus.pack_card import card
-from mokus.pack_files import (
+from mokus.packs.card import card
+from mokus.packs.files import (
     ADAPTER,
     ADAPTER_CONFIG,
     FILE,
@@ -66,7 +66,7 @@ from mokus.pack_files import (
     swap,
     sync_folder,
 )
-from mokus.pack_weights import (
+from mokus.packs.weights import (
     ADAPTER_KEY,
     LORA_KEY,
     MAX_RANK,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mokus.processes import Processes
+from mokus.training.processes import Processes
 
 
 class Alone:

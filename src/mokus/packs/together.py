@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from mokus.concept_pack import ConceptPack
 from mokus.errors import MokusError
 from mokus.knowledge import same
 from mokus.low_rank import Shifts, added
+from mokus.packs.concept_pack import ConceptPack
 
 
 def shifts_of(packs: Sequence[ConceptPack], prefer: ConceptPack | Path | str | None = None) -> list[Shifts]:

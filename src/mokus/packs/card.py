@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mokus.backbone import BACKBONES
-from mokus.pack_files import ADAPTER_FOLDER, LORA
+from mokus.packs.files import ADAPTER_FOLDER, LORA
 
 _CARD = """\
 ---

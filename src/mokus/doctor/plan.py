@@ -7,36 +7,25 @@ measurement, and docs/memory.md says with what result.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-import diffusers.utils.logging as log
 import torch
-from torch import nn
 
-from mokus import rehearsal
+from mokus.doctor import rehearsal
+from mokus.doctor.flops import TOKENS, image_flops, text_flops
+from mokus.doctor.machine import GIB, Machine
+from mokus.doctor.rehearsal import Use
+from mokus.doctor.shape import SHAPES, Shape, key_of
 from mokus.errors import MokusError
 from mokus.memory import CPU, TASKS, TIERS, Tier, after
-from mokus.pipeline import COMPONENTS, MINIATURE, Defaults, defaults_of
+from mokus.pipeline import COMPONENTS
 from mokus.places import NOISES, PLACES
 from mokus.prior_prompts import OTHER_LOOKS
-from mokus.rehearsal import Use
 from mokus.settings import EditSettings, LearnSettings
 
-GIB = 2**30
-PUBLISHED = "Qwen/Qwen-Image"
-CONFIG = "config.json"
-
-TOKENS = 47  # of a prompt and the template's tail, as the image transformer sees them: a long one
 PHOTOS = 5
 SUBJECTS = 17  # the anchor and those who lend it their tokens (`visual_concept.LENDERS`)
 ROWS, ROW_TOKENS = 32, 36  # of an edit's last evaluations, its own forms and the rivals that are watched, as counted
@@ -56,8 +45,6 @@ CONTEXT = 0.5 * GIB  # CUDA itself
 MARGIN = 1.05  # fragments
 PYTHON = 1.0 * GIB  # the interpreter, torch and its libraries in host memory
 
-# Of dense bf16, TFLOP/s by the makers' data sheets, with accumulation in float32
-PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 # Of that peak what was reached on an H200, and how long one block of a forward pass takes however small it is
 SHARES = {"learn": 0.22, "generate": 0.37, "bind": 0.065}
 LEAST = {"learn": 1.31 / 180, "generate": 0.272 / 120, "bind": 0.0}
@@ -65,222 +52,14 @@ LEAST = {"learn": 1.31 / 180, "generate": 0.272 / 120, "bind": 0.0}
 CPU_SHARES = {"learn": 0.65, "generate": 0.6, "bind": 0.85}
 
 
-# --- the model ---------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A pipeline's configs, and what can be known from them."""
-
-    source: str
-    configs: Mapping[str, Mapping[str, Any]]  # by component
-    defaults: Defaults = field(default_factory=Defaults)
-
-    @classmethod
-    def of(cls, source: str | None = None, defaults: Defaults | None = None) -> Shape:
-        """Read the configs from a folder or the hub; those of Qwen-Image are at hand. Raises `MokusError` if there are none."""
-        if source in (None, MINIATURE):
-            source = str(files("mokus.miniature").joinpath("weights"))
-        assert source is not None
-        if Path(source).is_dir() or source != PUBLISHED:
-            found = {name: _config(source, name) for name in COMPONENTS}
-        else:
-            found = published()
-        return cls(source, found, defaults or defaults_of(source))
-
-    def with_layers(self, layers: int | None = None, text_layers: int | None = None) -> Shape:
-        """The same with other numbers of blocks of the image transformer, or layers of the text encoder.
-
-        With the latter, the vision tower has one block, for speed: no prompt passes through it.
-        """
-        found = {name: dict(config) for name, config in self.configs.items()}
-        if layers is not None:
-            found["transformer"]["num_layers"] = layers
-        if text_layers is not None:
-            whole = found["text_encoder"]
-            text = dict(whole["text_config"]) if "text_config" in whole else whole  # older configs are flat
-            text.pop("layer_types", None)
-            text["num_hidden_layers"] = text_layers
-            if text is not whole:
-                whole["text_config"] = text
-            whole["vision_config"] = {**whole.get("vision_config", {}), "depth": 1}
-        return Shape(self.source, found, self.defaults)
-
-    def build(self, name: str, dtype: torch.dtype) -> Any:
-        """A component on the meta device: shapes, no contents."""
-        import diffusers
-        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-        config = dict(self.configs[name])
-        try:
-            with torch.device("meta"), _quiet():
-                if name == "text_encoder":
-                    made = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(config))
-                else:
-                    default = {"transformer": "QwenImageTransformer2DModel", "vae": "AutoencoderKLQwenImage"}[name]
-                    made = getattr(diffusers, default).from_config(config)
-                return nn.Module.to(made, dtype).eval().requires_grad_(False)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise MokusError(
-                f"the config of {name} in {self.source} makes no {name} of Qwen-Image's kind ({error}); see README.md for "
-                "the models that can be used."
-            ) from error
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        """Numbers in each component, the text encoder's vision tower included."""
-        return {name: sum(sizes) for name, (sizes, _) in _numbers(_key(self)).items()}
-
-    @property
-    def matrices(self) -> int:
-        """Numbers in the linear layers of the image transformer's blocks, which 8 and 4 bits are for."""
-        return _numbers(_key(self))["transformer"][1]
-
-    @property
-    def largest(self) -> dict[str, int]:
-        """Numbers in each component's largest matrix: what comes and goes at once."""
-        return {name: max(sizes) for name, (sizes, _) in _numbers(_key(self)).items()}
-
-    @cached_property
-    def text(self) -> Any:
-        """The config of the text encoder's language model."""
-        from transformers import Qwen2_5_VLConfig
-
-        return Qwen2_5_VLConfig.from_dict(dict(self.configs["text_encoder"])).get_text_config()
-
-    @property
-    def blocks(self) -> int:
-        """Of the image transformer."""
-        return int(self.configs["transformer"]["num_layers"])
-
-    @property
-    def width(self) -> int:
-        """d, of the image transformer."""
-        config = self.configs["transformer"]
-        return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-
-    @property
-    def patch(self) -> int:
-        """Pixels of one image token's side."""
-        return 2 * 2 ** len(self.configs["vae"].get("temperal_downsample") or [False, True, True])
-
-    def weights(self, tier: Tier, dtype: torch.dtype) -> dict[str, int]:
-        """Bytes of each component in a tier.
-
-        NF4 has half a byte a number, a byte of scale for 64 of them and a float32 for 256 scales; LLM.int8() a byte a number.
-        """
-        found = {name: n * dtype.itemsize for name, n in self.parameters.items()}
-        if tier.bits < 16:
-            each = 1.0 if tier.bits == 8 else 0.5 + 1 / 64 + 4 / (64 * 256)
-            found["transformer"] += int(self.matrices * (each - dtype.itemsize))
-        return found
-
-
-def published() -> dict[str, dict[str, Any]]:
-    """The configs of Qwen/Qwen-Image, as `qwen_image` has them, with the whole vision tower."""
-    from mokus.qwen_image import FULL_VISION, TEXT, TRANSFORMER, VAE
-
-    text = {"text_config": dict(TEXT), "vision_config": dict(FULL_VISION)}
-    return {"transformer": dict(TRANSFORMER), "text_encoder": text, "vae": dict(VAE)}
-
-
-def _config(source: str, name: str) -> dict[str, Any]:
-    folder = Path(source)
-    if folder.is_dir():
-        file = folder / name / CONFIG
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            file = Path(hf_hub_download(source, f"{name}/{CONFIG}"))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise MokusError(
-                f"the configs of {source!r} are neither a folder here nor in a repository that the hub gave; check the name "
-                f"and the connection, or leave --model out for the miniature ({PUBLISHED}'s are at hand)."
-            ) from error
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MokusError(f"{file} cannot be read as a config ({error}); get a whole copy of the model.") from error
-    return dict(found)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, diffusers does not warn of keys in a config that it has no use for."""
-    before = log.get_verbosity()
-    log.set_verbosity_error()
-    try:
-        yield
-    finally:
-        log.set_verbosity(before)
-
-
-# --- FLOPs ---------------------------------------------------------
-
-
-def image_flops(
-    shape: Shape, batch: int, size: int, tokens: int = TOKENS, backward: bool = False, again: float = 0.0
-) -> float:
-    """FLOPs of the image transformer for a batch of images of size x size pixels with so many tokens of text.
-
-    A matrix of p numbers takes 2 p a token. A block of width d has 12 d^2 numbers for image tokens and as many for text
-    tokens, and 12 d^2 more that modulate them, for one token a sample; attention over n + s tokens is two products:
-
-        b L (24 d^2 (n + s + 1) + 4 d (n + s)^2)
-
-    With a LoRA trained, `backward` is as much again for matrices, whose own gradients nobody wants, and five products for two
-    in attention. Nothing below the first LoRA has a gradient, so the first block's 3 d^2 projections and what is before them are
-    spared, nor has what the last block makes of the text, 9 d^2. `again`: the share of blocks that run forward a second time, as
-    with gradient checkpointing.
-    """
-    d, n = shape.width, (size // shape.patch) ** 2
-    config = shape.configs["transformer"]
-    matrices, attention = 24 * d * d * (n + tokens + 1), 4 * d * (n + tokens) ** 2
-    blocks = matrices * (1 + again + backward) + attention * (1 + again + 2.5 * backward)
-    channels = int(config.get("in_channels", 64))
-    ends = 2 * d * ((2 + backward) * channels * n + int(config["joint_attention_dim"]) * tokens)
-    spared = backward * 2 * d * d * (3 * (n + tokens) + 9 * tokens)
-    return batch * (shape.blocks * blocks + ends - spared)
-
-
-def text_flops(
-    shape: Shape, tokens: int, layers: int | None = None, backward_layers: int = 0, logits: bool = False
-) -> float:
-    """FLOPs of the text encoder for so many tokens in all; attention's products are small beside its matrices at some 60.
-
-    `layers`: how many they pass, by default all; `backward_layers`: how many take part in the backward pass. `logits`: of
-    every token as well.
-    """
-    text = shape.text
-    d, heads = text.hidden_size, text.num_attention_heads
-    narrow = d * text.num_key_value_heads // heads
-    layer = 2 * d * d + 2 * d * narrow + 3 * d * text.intermediate_size
-    head = d * text.vocab_size if logits else 0
-    return 2.0 * tokens * (layer * ((text.num_hidden_layers if layers is None else layers) + backward_layers) + head)
-
-
-# --- counted and rehearsed, once for each shape ---------------------------------------------------------
-
-
-@lru_cache(maxsize=8)
-def _numbers(key: str) -> dict[str, tuple[list[int], int]]:
-    """Of each component the numbers in every tensor of weights, and those in the matrices of its blocks, if it has such."""
-    found = {}
-    for name in COMPONENTS:
-        made = _SHAPES[key].build(name, torch.bfloat16)
-        blocks = getattr(made, "transformer_blocks", ())
-        linear = sum(m.weight.numel() for block in blocks for m in block.modules() if isinstance(m, nn.Linear))
-        found[name] = ([p.numel() for p in made.parameters()], linear)
-    return found
+# --- rehearsed, once for each shape ---------------------------------------------------------
 
 
 @lru_cache(maxsize=32)
 def _image_use(
     key: str, batch: int, size: int, rank: int, backward: bool, checkpointed: bool, dtype: torch.dtype
 ) -> Use:
-    shape = _SHAPES[key]
+    shape = SHAPES[key]
     side = size // shape.patch
     return rehearsal.image_step(
         lambda n: shape.with_layers(n).build("transformer", dtype), shape.blocks, batch, side, TOKENS,
@@ -290,17 +69,17 @@ def _image_use(
 
 @lru_cache(maxsize=32)
 def _vae_use(key: str, batch: int, size: int, decoding: bool, dtype: torch.dtype) -> Use:
-    return rehearsal.vae(_SHAPES[key].build("vae", dtype), batch, size, decoding)
+    return rehearsal.vae(SHAPES[key].build("vae", dtype), batch, size, decoding)
 
 
 @lru_cache(maxsize=32)
 def _text_use(key: str, rows: int, tokens: int, dtype: torch.dtype) -> Use:
-    return rehearsal.reading(_SHAPES[key].with_layers(text_layers=1).build("text_encoder", dtype), rows, tokens)
+    return rehearsal.reading(SHAPES[key].with_layers(text_layers=1).build("text_encoder", dtype), rows, tokens)
 
 
 @lru_cache(maxsize=32)
 def _edit_use(key: str, edited: int, above: int, modules: tuple[str, ...], dtype: torch.dtype) -> Use:
-    shape = _SHAPES[key]
+    shape = SHAPES[key]
     return rehearsal.edit(
         lambda n: shape.with_layers(text_layers=n).build("text_encoder", dtype),
         edited,
@@ -309,62 +88,6 @@ def _edit_use(key: str, edited: int, above: int, modules: tuple[str, ...], dtype
         ROWS,
         ROW_TOKENS,
     )
-
-
-_SHAPES: dict[str, Shape] = {}  # by their configs, for the caches
-
-
-def _key(shape: Shape) -> str:
-    key = json.dumps({name: dict(config) for name, config in shape.configs.items()}, sort_keys=True, default=str)
-    _SHAPES[key] = shape
-    return key
-
-
-# --- the machine ---------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Bytes, and TFLOP/s at best; None for what is not known or not there."""
-
-    name: str
-    gpu: float | None
-    host: float | None
-    disk: float | None
-    tflops: float | None
-
-
-def this_machine(device: torch.device, place: Path = Path(".")) -> Machine:
-    """The GPU with what is free on it, or the CPU with how fast it multiplies matrices now, in float32."""
-    host = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    disk = float(shutil.disk_usage(place).free)
-    if device.type == "cpu":
-        return Machine(f"CPU, {torch.get_num_threads()} threads", None, host, disk, cpu_tflops())
-    name = torch.cuda.get_device_name(device)
-    return Machine(name, float(torch.cuda.mem_get_info(device)[0]), host, disk, peak_of(name))
-
-
-def other_machine(gpu_gib: float, name: str | None = None) -> Machine:
-    """A machine with such a GPU. Its host and disk are not known."""
-    return Machine(name or "a GPU that is not here", gpu_gib * GIB, None, None, peak_of(name or ""))
-
-
-def peak_of(name: str) -> float | None:
-    """TFLOP/s of a card in the table, but for the slower builds of the same name."""
-    if "PCIe" in name or "NVL" in name:
-        return None
-    return next((value for card, value in PEAKS.items() if card.lower() in name.lower()), None)
-
-
-def cpu_tflops(size: int = 1024, width: int = 3072, repeats: int = 3) -> float:
-    """TFLOP/s of a float32 product (size, width) x (width, width) on this CPU: the best of several."""
-    a, b = torch.rand(size, width), torch.rand(width, width)
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - began)
-    return 2 * size * width * width / min(times) / 1e12
 
 
 # --- the plan ---------------------------------------------------------
@@ -554,7 +277,7 @@ def _beside(
     shape: Shape, task: str, tier: Tier, size: int, batch: int, dtype: torch.dtype, learning: LearnSettings
 ) -> list[tuple[str, tuple[str, ...], float]]:
     """Name, components and bytes beside the weights of each stage of the task."""
-    key, rank = _key(shape), learning.rank
+    key, rank = key_of(shape), learning.rank
     reading = ("reading prompts", ("text_encoder",), _text_use(key, 1, TOKENS, dtype).peak)
     if task == "generate":
         decoded = _vae_use(key, batch, size, True, dtype).peak * KERNELS
@@ -588,7 +311,7 @@ def _training(key: str, tier: Tier, samples: int, size: int, rank: int, dtype: t
     none = _image_use(key, samples, size, rank, True, True, dtype)
     if not tier.kept:
         return none.peak
-    every, blocks = _image_use(key, samples, size, rank, True, False, dtype), _SHAPES[key].blocks
+    every, blocks = _image_use(key, samples, size, rank, True, False, dtype), SHAPES[key].blocks
     share = sum(tier.keeps(block) for block in range(blocks)) / blocks
     return none.peak + share * (every.kept - none.kept)
 
@@ -601,7 +324,7 @@ def _edit_beside(shape: Shape, dtype: torch.dtype) -> float:
     grams = GRAMS * sum(each.in_features**2 for each in matrices) * edited * 8
     factors = HISTORY * sum(each.out_features for each in matrices) * edited * rehearsal.RANK * 4
     return float(
-        grams + factors + _edit_use(_key(shape), edited, above, tuple(settings.modules), dtype).peak
+        grams + factors + _edit_use(key_of(shape), edited, above, tuple(settings.modules), dtype).peak
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from mokus.console import err, print_json, stdout
 from mokus.errors import MokusError
 
 if TYPE_CHECKING:
-    from mokus.doctor import Plan
+    from mokus.doctor.plan import Plan
 
 TASKS = ("learn", "bind", "generate")
 
@@ -90,12 +90,14 @@ def _plans(
     model: str | None, tasks: list[str], resolution: int | None, batch: int, device: str | None, memory: float | None,
     gpu: str | None,
 ) -> list[Plan]:  # fmt: skip
-    from mokus import doctor
+    from mokus.doctor.machine import other_machine, this_machine
+    from mokus.doctor.plan import plan
+    from mokus.doctor.shape import Shape
     from mokus.pipeline import device_of
 
-    shape = doctor.Shape.of(model)
-    machine = doctor.this_machine(device_of(device)) if memory is None else doctor.other_machine(memory, gpu)
-    return [doctor.plan(shape, task, machine, resolution, batch) for task in tasks]
+    shape = Shape.of(model)
+    machine = this_machine(device_of(device)) if memory is None else other_machine(memory, gpu)
+    return [plan(shape, task, machine, resolution, batch) for task in tasks]
 
 
 def _print(plans: list[Plan]) -> None:

@@ -42,15 +42,15 @@ def export(
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Write a pack for another program: ComfyUI, diffusers + peft, musubi-tuner (kohya), or merged into the whole model."""
-    from mokus.export import check_place, check_target, output_of
-    from mokus.export import export as export_pack
+    from mokus.packs.export import check_place, check_target, output_of
+    from mokus.packs.export import export as export_pack
 
     check_target(to)
     if dtype is not None and dtype not in DTYPES:
         raise MokusError(f"there is no dtype {dtype!r} for weights here, expected one of {', '.join(DTYPES)}.")
     if dtype is not None and to != "merged":
         raise MokusError(f"--dtype goes with --to merged, and {to} keeps the pack's own float32; leave it out.")
-    from mokus.concept_pack import ConceptPack
+    from mokus.packs.concept_pack import ConceptPack
 
     opened = ConceptPack.open(pack)
     check_place(output_of(opened, to, output))  # before a large model is loaded
@@ -80,8 +80,8 @@ def push(
     as_json: JsonOption = False,
 ) -> None:
     """Upload a pack to the hub with its model card, in one commit. Says first what becomes readable, and for whom."""
-    from mokus.concept_pack import ConceptPack
-    from mokus.hub import push as push_pack
+    from mokus.packs.concept_pack import ConceptPack
+    from mokus.packs.hub import push as push_pack
 
     done = push_pack(ConceptPack.open(pack), repo, public=public, base_model=base_model, photos=photos, warn=note)
     if as_json:
@@ -103,7 +103,7 @@ def pull(
     as_json: JsonOption = False,
 ) -> None:
     """Download a pack from the hub, of one commit, and check all of it. Nothing in it is run."""
-    from mokus.hub import pull as pull_pack
+    from mokus.packs.hub import pull as pull_pack
 
     done = pull_pack(repo, output, revision)
     found: dict[str, Any] = {
@@ -119,6 +119,6 @@ def pull(
 def _dtype(model: str | None, given: str | None) -> Any:
     import torch
 
-    from mokus.export import stored_dtype
+    from mokus.packs.export import stored_dtype
 
     return getattr(torch, given) if given else stored_dtype(model) or torch.bfloat16

@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mokus.pack_files import ADAPTER, ADAPTER_FOLDER, LORA
+from mokus.packs.files import ADAPTER, ADAPTER_FOLDER, LORA
 
 if TYPE_CHECKING:
-    from mokus.concept_pack import ConceptPack
+    from mokus.packs.concept_pack import ConceptPack
 
 _COMFYUI = """\
 Copy `{file}` into ComfyUI's `models/loras`. In the workflow of Qwen-Image put the node "Load LoRA" (the one with MODEL and

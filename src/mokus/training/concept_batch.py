@@ -30,7 +30,7 @@ from mokus.yaml_list import entries
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model
-    from mokus.processes import Processes
+    from mokus.training.processes import Processes
     from mokus.visual_concept import Progress
 
 TEXTS = ("photos", "anchor", "output")
@@ -195,7 +195,7 @@ def _learn(model: Model, concept: Concept, chosen: Mapping[str, Any], bars: Any)
 
 def _check_same(model: Model, concept: Concept, settings: LearnSettings) -> None:
     """Raise `MokusError` unless the pack that is there is what would be learned, as far as a pack tells."""
-    from mokus.concept_pack import ConceptPack
+    from mokus.packs.concept_pack import ConceptPack
 
     pack = ConceptPack.open(concept.output)
     pack.check_base(model)

@@ -1,0 +1,1 @@
+"""`mokus doctor`: what a task needs of a machine, known before it runs."""

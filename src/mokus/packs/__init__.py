@@ -1,0 +1,1 @@
+"""What a user keeps and hands on: concept packs, written, checked, combined, exported, shared."""
