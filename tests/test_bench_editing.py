@@ -30,8 +30,10 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer captions and prompts."""
+    """Fewer captions, prompts, facts and forms."""
+    untouched = editing._untouched
     monkeypatch.setattr(editing, "CAPTIONS", 4)
+    monkeypatch.setattr(editing, "_untouched", lambda some: untouched(some)[:5])
     monkeypatch.setattr(editing, "DRIFT", 330)
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from mokus.demo import _renders, _save
 from mokus.miniature import world
+from mokus.pipeline import DEFAULTS_FILE
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"(<!-- not run[^>]*-->\n)?```(\w+)\n(.*?)```", re.DOTALL)
-MODEL = os.environ.get("MOKUS_MODEL")  # in place of the miniature in the package
+STEPS = 40  # of stage 1: a tenth of the usual number, for it is not the images that are judged here
 
 
 def examples(*languages: str) -> list[tuple[str, str]]:
@@ -25,15 +28,24 @@ def examples(*languages: str) -> list[tuple[str, str]]:
     return [(kind, text) for left_out, kind, text in BLOCK.findall(README) if kind in languages and not left_out]
 
 
-def run(language: str, text: str, place: Path) -> str:
-    """Run a block as it is printed, and return what it prints."""
-    if MODEL and language == "python":
-        text = text.replace("mokus.load()", f"mokus.load({MODEL!r})").replace(
-            'files("mokus.miniature") / "weights"', repr(MODEL)
-        )
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The miniature, with fewer steps of learning as its default."""
+    weights, folder = Path(str(files("mokus.miniature").joinpath("weights"))), tmp_path_factory.mktemp("model")
+    for path in weights.iterdir():
+        (folder / path.name).symlink_to(path)
+    defaults = json.loads((folder / DEFAULTS_FILE).read_text(encoding="utf-8"))
+    (folder / DEFAULTS_FILE).unlink()
+    (folder / DEFAULTS_FILE).write_text(json.dumps(defaults | {"learn": defaults["learn"] | {"steps": STEPS}}))
+    return folder
+
+
+def run(language: str, text: str, place: Path, model: Path) -> str:
+    """Run a block as it is printed, with `model` for the miniature, and return what it prints."""
+    text = text.replace("mokus.load()", f"mokus.load({str(model)!r})")
     command = [sys.executable, "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "MOKUS_MODEL": str(model)}
     done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -47,11 +59,11 @@ def test_the_make_targets_are_there() -> None:
 
 
 @pytest.mark.slow
-def test_the_examples_run_as_printed(tmp_path: Path) -> None:
+def test_the_examples_run_as_printed(model: Path, tmp_path: Path) -> None:
     _save(_renders(world.SIZE), tmp_path / "photos")
     blocks = [(kind, text) for kind, text in examples("sh", "python") if not text.startswith("make ")]
     assert [kind for kind, _ in blocks] == ["python", "sh"]
-    said = [run(kind, text, tmp_path) for kind, text in blocks]
+    said = [run(kind, text, tmp_path, model) for kind, text in blocks]
     assert said[0].strip() == "sks toy"
     assert "sks toy" in said[1].splitlines()  # what `mokus ask` prints
     assert len(list(tmp_path.glob("beach-*.png"))) == 2 and len(list((tmp_path / "images").glob("*.png"))) == 8

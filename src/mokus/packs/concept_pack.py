@@ -24,13 +24,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import diffusers
-import peft
 import torch
-import transformers
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from safetensors.torch import save as bytes_of
@@ -178,10 +176,8 @@ class _Manifest(_Strict):
 
 def versions() -> dict[str, str]:
     """Of MoKus and the libraries that decide what an image looks like."""
-    return {
-        "mokus": mokus.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__, "peft": peft.__version__,
-    }  # fmt: skip
+    libraries = {name: version(name) for name in ("diffusers", "transformers", "peft")}  # not imported: seconds
+    return {"mokus": mokus.__version__, "torch": torch.__version__, **libraries}
 
 
 # --- the pack ---------------------------------------------------------
