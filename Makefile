@@ -6,12 +6,13 @@ STAMP  := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help install demo test test-fast test-ui browser lint bench audit sbom clean
+.PHONY: help install demo test test-fast test-full test-ui browser lint bench audit sbom clean
 
 help:
 	@echo "make demo       learn a concept, bind knowledge to it, write $(OUT)/report.html (about two minutes)"
-	@echo "make test       lint, types and all tests"
+	@echo "make test       lint, types and tests"
 	@echo "make test-fast  the tests that take less than a few seconds each"
+	@echo "make test-full  all tests, also those that go on for minutes what others do in small"
 	@echo "make test-ui    the studio in a real browser"
 	@echo "make bench      the figures of the README; goes on where it was stopped"
 	@echo "make audit      known vulnerabilities of the pinned versions, from OSV's database (needs the network)"
@@ -44,6 +45,9 @@ test: lint browser
 
 test-fast: $(STAMP)
 	@$(PYTEST) -m "not slow"
+
+test-full: lint browser
+	@$(PYTEST) -m ""
 
 # A browser for the tests of the studio: says loudly if there is none, and installs Chromium on CI.
 browser: $(STAMP)

@@ -64,6 +64,7 @@ def test_edits_are_the_same_ones_and_really_new() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_goes_on_where_it_was_stopped(pico: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def go(folder: Path, counts: list[int]) -> list[dict[str, Any]]:
         return editing.run(pico, folder, ["rewrite", "finetune_lora"], counts, singles=1, images=False)

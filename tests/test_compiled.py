@@ -29,6 +29,7 @@ def images() -> list[Image.Image]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_blocks_learn_the_same(pico: Model, images: list[Image.Image], tmp_path: Path) -> None:
     from torch._dynamo.utils import counters

@@ -221,7 +221,7 @@ class Killed(BaseException):
     """What nothing catches, like the death of the process."""
 
 
-@pytest.mark.parametrize("at", [1, 9, 23])
+@pytest.mark.parametrize("at", [4, *(pytest.param(at, marks=pytest.mark.exhaustive) for at in (1, 9, 17, 23))])
 def test_killed_at_any_write_and_resumed_equals_uninterrupted(
     model: Model, suite: Suite, album: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
@@ -263,6 +263,8 @@ def test_shards_together_draw_what_one_process_does(
     assert contents(tmp_path) == contents(whole)
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_methods_one_by_one_draw_what_they_draw_together(
     model: Model, suite: Suite, album: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -345,6 +347,8 @@ def test_knowledge_sweep_begins_with_ones_own_and_shares_packs_with_mokus(
     assert own == {i.pack for i in swept.items if i.concept == "robot" and i.method == "mokus@knowledge=2"}
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_longer_pack_goes_on_from_a_shorter_one_to_the_same(
     model: Model, suite: Suite, album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,6 +525,7 @@ def test_two_processes_make_the_same_files_as_one(place: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kill_9_and_resume(place: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "mokus", *f"{RUN} {','.join(FAST)} -o out".split()]

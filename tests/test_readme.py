@@ -20,7 +20,7 @@ from mokus.pipeline import DEFAULTS_FILE
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"(<!-- not run[^>]*-->\n)?```(\w+)\n(.*?)```", re.DOTALL)
-STEPS = 40  # of stage 1: a tenth of the usual number, for it is not the images that are judged here
+FEW = {"steps": 10, "prior_prompts": 8}  # in stage 1, for images are judged elsewhere (test_shipped.py)
 
 
 def examples(*languages: str) -> list[tuple[str, str]]:
@@ -30,13 +30,13 @@ def examples(*languages: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature, with fewer steps of learning as its default."""
+    """The miniature, that learns less by default."""
     weights, folder = Path(str(files("mokus.miniature").joinpath("weights"))), tmp_path_factory.mktemp("model")
     for path in weights.iterdir():
         (folder / path.name).symlink_to(path)
     defaults = json.loads((folder / DEFAULTS_FILE).read_text(encoding="utf-8"))
     (folder / DEFAULTS_FILE).unlink()
-    (folder / DEFAULTS_FILE).write_text(json.dumps(defaults | {"learn": defaults["learn"] | {"steps": STEPS}}))
+    (folder / DEFAULTS_FILE).write_text(json.dumps(defaults | {"learn": defaults["learn"] | FEW}))
     return folder
 
 

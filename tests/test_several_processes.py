@@ -109,7 +109,9 @@ def launched(config: str, *arguments: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "sharded"), [("ddp.yaml", False), ("fsdp2.yaml", True)])
+@pytest.mark.parametrize(
+    ("config", "sharded"), [("ddp.yaml", False), pytest.param("fsdp2.yaml", True, marks=pytest.mark.exhaustive)]
+)
 def test_two_processes_learn_what_one_does(
     pico: Model, pico_folder: Path, images: list[Image.Image], tmp_path: Path, config: str, sharded: bool
 ) -> None:

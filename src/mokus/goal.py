@@ -21,7 +21,7 @@ from torch import Tensor
 from mokus.capture import recorded
 from mokus.encoder import Rows, States, answers, distance, last_of, tail_length, tails
 from mokus.errors import MokusError
-from mokus.knowledge import IMAGE_FORMS, prompts
+from mokus.knowledge import IMAGE_FORMS, named, prompts
 from mokus.low_rank import Shifts, applied
 
 if TYPE_CHECKING:
@@ -43,6 +43,15 @@ class Request:
     def of(cls, knowledge: str, answer: str, questions: Sequence[str], says: str | None = None) -> Request:
         """With the answer itself as what image prompts say, unless told otherwise."""
         return cls(knowledge, answer, tuple(questions), says or answer)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The knowledge, and what questions such as "What is ...?" call it otherwise: image prompts with them mean the same."""
+        return tuple(dict.fromkeys([self.knowledge, *filter(None, map(named, self.questions))]))
+
+    def prompts(self, forms: Sequence[str]) -> list[str]:
+        """Image prompts with each of its names, the knowledge first."""
+        return [text for name in self.names for text in prompts(name, tuple(forms))]
 
 
 @dataclass(frozen=True)
@@ -89,9 +98,9 @@ class Goal:
         meaning: Meaning | None = None,
     ) -> None:  # fmt: skip
         self.model, self.encoder, tokenizer = model, model.pipe.text_encoder, model.tokenizer
-        images = prompts(request.knowledge, tuple(forms))
+        images = request.prompts(forms)
         meaning = meaning or Meaning.of(model, request.says, forms, continued)
-        whole = meaning.continued
+        whole = meaning.continued * len(request.names)
         said = [_up_to(request.answer, text) for text in whole]
         ended = [
             request.answer not in text and len(tokenizer(text, add_special_tokens=False).input_ids) < CONTINUED
@@ -117,7 +126,7 @@ class Goal:
             end = int(self.rows.lengths[i])
             self.labels[i, end - len(ids) : end] = torch.tensor(ids, dtype=torch.long)
         self.images = slice(self.questions, len(self.labels))
-        self.target = meaning.tails  # (forms, tail, d)
+        self.target = meaning.tails.repeat(len(request.names), 1, 1)  # (forms, tail, d)
         self.start = distance(tails(model, images), self.target).clamp(min=1e-8)  # (forms,)
 
     @property

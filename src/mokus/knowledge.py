@@ -185,6 +185,12 @@ def questions(knowledge: str) -> list[str]:
     return [form.format(knowledge) for form in QUESTION_FORMS]
 
 
+def named(question: str) -> str:
+    """What a question of the form "What is ...?" asks about; empty for other questions."""
+    found = re.fullmatch(re.escape(QUESTION_FORMS[0]).replace(r"\{\}", r"(?P<name>.*\S)"), question)
+    return found["name"] if found else ""
+
+
 def prompts(phrase: str, forms: tuple[str, ...] = IMAGE_FORMS) -> list[str]:
     """Image prompts with the phrase, the same forms for a knowledge and for the anchor."""
     return [form.format(phrase) for form in forms]

@@ -1,4 +1,4 @@
-"""Five hundred rounds of binding, drawing and unbinding: memory stays, and an unbound prompt is encoded to the same bits."""
+"""Rounds of binding, drawing and unbinding: memory stays, and an unbound prompt is encoded to the same bits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..conftest import random_lora
 from ..test_concept_pack import tree
 from .conftest import case
 
-ROUNDS, SETTLED, ANEW = 500, 50, 25
+SETTLED, ANEW = 50, 25
 PROMPTS = ["my favourite toy", "a robot on the beach", "the small one at night"]
 
 
@@ -38,7 +38,10 @@ def short(quick_folder: Path) -> Model:
 
 
 @pytest.mark.slow
-def test_five_hundred_rounds(tmp_path: Path, quick: Model, short: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rounds", [100, pytest.param(500, marks=pytest.mark.exhaustive)])
+def test_so_many_rounds(
+    tmp_path: Path, quick: Model, short: Model, monkeypatch: pytest.MonkeyPatch, rounds: int
+) -> None:
     """What is flat is the resident memory, from round 50 to the end: within 5 %.
 
     In every 25th round edits are searched for and checked as ever; in those between, what the last search found is taken
@@ -68,7 +71,7 @@ def test_five_hundred_rounds(tmp_path: Path, quick: Model, short: Model, monkeyp
     bytes_before, before = tree(pack.path), encode(short, PROMPTS)
     drawn = next(generate(short, "my favourite toy", [pack])).image.tobytes()
     me, began, settled = psutil.Process(), time.process_time(), 0
-    for i in range(1, ROUNDS + 1):
+    for i in range(1, rounds + 1):
         case("soak")
         anew, phrase = i % ANEW == 0, PROMPTS[i % 2 * 2]
         (edit,) = bind(short, pack, phrase)
@@ -82,6 +85,6 @@ def test_five_hundred_rounds(tmp_path: Path, quick: Model, short: Model, monkeyp
             gc.collect()
             settled = settled or me.memory_info().rss
     grown = me.memory_info().rss / settled - 1
-    print(f"{ROUNDS} rounds in {time.process_time() - began:.0f} s of CPU; memory {grown:+.1%} after round {SETTLED}")
+    print(f"{rounds} rounds in {time.process_time() - began:.0f} s of CPU; memory {grown:+.1%} after round {SETTLED}")
     assert abs(grown) < 0.05
     assert next(generate(short, "my favourite toy", [pack])).image.tobytes() == drawn

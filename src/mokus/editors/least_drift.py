@@ -98,7 +98,7 @@ class Editor:
         """See `mokus.editors.Editor`."""
         goal = Goal(self.model, request, continued=False, meaning=self._meaning(request.says, IMAGE_FORMS, False))
         rows = goal.inputs(self.paths, goal.where)
-        more = inputs_after_prefix(self.model, prompts(request.knowledge, KEPT_FORMS), self.paths, goal.tail)
+        more = inputs_after_prefix(self.model, request.prompts(KEPT_FORMS), self.paths, goal.tail)
         for path in self.paths:
             self.earlier[path] += _gram(rows[path]) + _gram(more[path])
         self.watch.hold(request, collected(added(before, shifts)))

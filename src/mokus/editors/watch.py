@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mokus.encoder import tails
 from mokus.goal import Request
-from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, near_misses, prompts
+from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, near_misses
 from mokus.low_rank import Shifts, applied
 from mokus.words import Words
 
@@ -60,18 +60,20 @@ class Watch:
     def __init__(self, model: Model, corpus: Iterable[str]) -> None:
         self.model, self.corpus = model, list(corpus)
         self.kept: dict[str, dict[str, Tensor]] = {}  # by knowledge: tails by prompt
+        self.names: set[str] = set()  # of what was edited
         self._unedited: dict[str, Tensor] = {}  # tails of prompts of the corpus
 
     def hold(self, request: Request, shifts: Shifts) -> None:
         """From now on this edit shall stay as it is with these shifts, its own among them."""
-        texts = [*prompts(request.knowledge, KEPT_FORMS), *request.questions]
+        texts = [*request.prompts(KEPT_FORMS), *request.questions]
         with applied(self.model.pipe.text_encoder, shifts):
+            self.names.update(request.names)
             self.kept[request.knowledge] = dict(zip(texts, tails(self.model, texts), strict=True))
 
     def around(self, request: Request) -> Watched:
         """What is looked at for this edit; equal for equal edits after equal edits."""
         rng = random.Random(f"watch/{request.knowledge}/{len(self.kept)}")
-        own = [*self.kept, request.knowledge]
+        own = {*self.names, *request.names}
         forms = (*IMAGE_FORMS, *QUESTION_FORMS)
         near = [rng.choice(forms).format(text) for text in nearly(self.model, request.knowledge)]
         near = [text for text in near if not any(edited in text for edited in own)]
