@@ -73,7 +73,8 @@ audit: $(VENV)/.audit
 	cat audit.log; echo "audit: see audit.json"; exit $$code
 
 sbom: $(VENV)/.audit
-	@$(BIN)/python -m cyclonedx_py environment --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json $(BIN)/python
+	@$(BIN)/python -m cyclonedx_py environment --pyproject pyproject.toml --output-reproducible --of JSON -o .sbom.json.tmp $(BIN)/python
+	@mv .sbom.json.tmp sbom.json
 	@echo "sbom.json"
 
 clean:
