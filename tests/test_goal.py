@@ -221,3 +221,19 @@ def test_continuations_are_wanted_up_to_the_answer(
     ids = pico.pipe.tokenizer(wanted, add_special_tokens=False).input_ids
     end = [] if "sks robot" in said else [pico.pipe.tokenizer.eos_token_id]
     assert all(row[row != -100].tolist() == ids + end for row in labels)
+
+
+def test_what_a_question_calls_it_otherwise_means_the_same(pico: Model) -> None:
+    """The same goal as of the knowledge alone, and that of the other name below it, prompt by prompt."""
+    other, form = "the tin man", "What is {}?"
+    twice = Request.of(KNOWLEDGE, ANCHOR, [form.format(KNOWLEDGE), form.format(other), "Who built it?"])
+    assert twice.names == (KNOWLEDGE, other) and REQUEST.names == (KNOWLEDGE,)
+    goal = Goal(pico, twice)
+    n = len(IMAGE_FORMS)
+    assert len(goal.target) == 2 * n and torch.equal(goal.target[:n], goal.target[n:])
+    with torch.no_grad():
+        found = goal.losses()
+        for name, part in ((KNOWLEDGE, slice(0, n)), (other, slice(n, None))):
+            alone = Goal(pico, Request.of(name, ANCHOR, [form.format(name)]))
+            torch.testing.assert_close(alone.losses().moved, found.moved[part], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(alone.start, goal.start[part], rtol=1e-4, atol=1e-6)

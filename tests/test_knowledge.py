@@ -23,6 +23,7 @@ from mokus.knowledge import (
     check_anchor,
     check_encodable,
     check_text,
+    named,
     near_misses,
     normalise,
     prompts,
@@ -395,3 +396,10 @@ def test_references_are_different_and_in_an_order_of_the_seed() -> None:
             assert sum(class_word in text for text in found) >= 4
     assert references("toy", 16, 0) != references("toy", 16, 1)
     assert references("toy", 5, 0) == references("toy", 16, 0)[:5]
+
+
+def test_a_plain_question_names_what_it_asks_about() -> None:
+    for text in ("my favourite toy", "Hugo's garden ornament", "the {one}", "a? b"):
+        assert named(f"What is {text}?") == text
+    for question in ("What colour is it?", "What is my toy", "So what is my toy?", "What is ?", "What is  ?", ""):
+        assert named(question) == ""
