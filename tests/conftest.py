@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +30,8 @@ LAYERS, BLOCKS = 4, 2
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 MLPS = ["layers.1.mlp.up_proj", "layers.2.mlp.gate_proj", "layers.2.mlp.up_proj"]
 
+LONG = ("test_readme.py", "test_shipped.py", "test_studio_browser.py", "test_create.py")  # few tests, minutes each
+
 PackFactory = Callable[..., ConceptPack]
 
 
@@ -37,6 +40,13 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first, so that no worker is left alone with one of them at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    lone = [item.path for item in items if item.path.name in LONG]
+    items.sort(key=lambda item: (item.path not in lone, -slow[item.path]))  # stable: as they stand within a file
 
 
 @pytest.fixture(scope="session", autouse=True)

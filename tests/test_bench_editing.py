@@ -92,6 +92,7 @@ def test_a_run_goes_on_where_it_was_stopped(pico: Model, tmp_path: Path, monkeyp
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_figures_of_fewer_edits_asked_for_later_are_of_so_many(pico: Model, tmp_path: Path) -> None:
     for counts in ([3], [2, 3]):

@@ -273,6 +273,8 @@ def test_methods_one_by_one_draw_what_they_draw_together(
     assert contents(tmp_path) == contents(whole)
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_looks_is_learned_once_for_all_methods(
     model: Model, suite: Suite, album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

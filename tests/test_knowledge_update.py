@@ -414,6 +414,8 @@ def test_what_was_bound_before_is_not_lost(pico: Model, bound: Bound, monkeypatc
     assert tree(pack.path) == before
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_call_writes_the_bytes_of_several(pico: Model, bound: Bound) -> None:
     """What an editor has to remember it finds in the pack."""
     together = tree(bound([A, B, C]).path)

@@ -17,6 +17,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_all_are_measured() -> None:
     done = run("--json")
