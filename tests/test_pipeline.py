@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import mokus
 from mokus import flow, pipeline
 from mokus.editors import settings_of
 from mokus.errors import MokusError
@@ -396,3 +397,7 @@ def test_what_is_resident_still_is_after_a_nested_use(far: Model, inner: tuple[s
             assert all(getattr(far.pipe, name).place == "cuda:0" for name in inner)
         assert places(far) == ("cpu", "cuda:0", "cpu")
     assert places(far) == ("cpu", "cpu", "cpu")
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(mokus, name).__doc__ for name in mokus.__all__)

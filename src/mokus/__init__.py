@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "ConceptPack": "concept_pack",
+    "ConceptPack": "packs.concept_pack",
     "EditSettings": "settings",
     "LearnSettings": "settings",
     "MokusError": "errors",
@@ -45,7 +45,7 @@ _HOME = {
     "learn": "visual_concept",
     "load": "pipeline",
     "save_png": "generation",
-    "shifts_of": "together",
+    "shifts_of": "packs.together",
     "unbind": "knowledge_update",
 }
 
