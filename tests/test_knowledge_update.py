@@ -266,6 +266,8 @@ def test_an_edit_spares_the_earlier_ones(pico: Model, edits: dict[str, Edit], in
     assert drift(A, first.shifts, in_a_row[B].shifts) < 0.5 * drift(A, first.shifts, edits[B].shifts)
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_is_preserved_moves_less(pico: Model) -> None:
     """Ordinary prompts, odd references, and phrases a word off, against the same edit that preserves none of them."""
 
@@ -507,7 +509,13 @@ ODD_TEXTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ODD_TEXTS, ids=[ascii(text)[1:21] for text in ODD_TEXTS])
+EXHAUSTIVE = pytest.mark.exhaustive
+MORE = {"🦆", "لعبتي المفضلة", "我最喜欢的玩具", "a", "thing", "me", "x" * 200}  # bound, and much like others
+
+
+@pytest.mark.parametrize(
+    "text", [pytest.param(text, marks=[EXHAUSTIVE] * (text in MORE), id=ascii(text)[1:21]) for text in ODD_TEXTS]
+)
 def test_odd_texts_are_bound_or_refused_in_one_sentence(pico: Model, bound: Bound, text: str) -> None:
     pack, settings = bound([A]), replace(QUICK, steps=2, least_alignment=0.0)
     before, old = tree(pack.path), pack.edits()[0][1]
@@ -539,9 +547,12 @@ def test_a_question_without_the_knowledge_in_it_is_not_its_own_near_miss(pico: M
 
 @pytest.mark.parametrize(
     ("layers", "where", "name"),
-    [([1, 2], "layers.1.mlp.down_proj", "least_drift"), ([1], "layers.1.mlp.down_proj", "least_drift"),
-     ([0], "layers.1.mlp.down_proj", "least_drift"), ([3], "layers.1.mlp.down_proj", "least_drift"),
-     ([1], "norm", "least_drift"), ([1], "norm", "memit"), ([1], "norm", "finetune")],
+    [
+        ([1, 2], "layers.1.mlp.down_proj", "least_drift"), ([0], "layers.1.mlp.down_proj", "least_drift"),
+        pytest.param([1], "layers.1.mlp.down_proj", "least_drift", marks=EXHAUSTIVE),
+        pytest.param([3], "layers.1.mlp.down_proj", "least_drift", marks=EXHAUSTIVE),
+        ([1], "norm", "least_drift"), ([1], "norm", "memit"), ([1], "norm", "finetune"),
+    ],
 )  # fmt: skip
 def test_a_damaged_model_is_refused(
     pico: Model, pico_folder: Path, bound: Bound, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: list[int],
