@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,20 @@ def write(file: Path, content: bytes | str) -> Path:
     finally:
         beside.unlink(missing_ok=True)
     return file
+
+
+def copy(folder: Path, target: Path) -> Path:
+    """Copy a folder to a place where there is none.
+
+    As `shutil.copytree`, but the first file that cannot be copied ends it with its own `OSError`, which says what is wrong.
+    """
+    target.mkdir(parents=True)
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            (target / path.relative_to(folder)).mkdir()
+        else:
+            shutil.copy2(path, target / path.relative_to(folder))
+    return target
 
 
 def write_json(file: Path, value: Any, indent: int | None = None) -> Path:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from mokus.bench.knowcusbench.recipe import Recipe
 from mokus.errors import MokusError
+from mokus.files import copy
 from mokus.knowledge_update import bind
 from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model
@@ -79,7 +80,7 @@ class Shelf:
         making = self._making(key)
         if (making / "pack").exists():
             shutil.rmtree(making / "pack")
-        shutil.copytree(self.folder / start / "pack", making / "pack")
+        copy(self.folder / start / "pack", making / "pack")
         pack = ConceptPack.open(making / "pack")
         began = time.perf_counter()
         edits = bind(
