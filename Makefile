@@ -38,7 +38,7 @@ lint: $(STAMP)
 
 # A process for each core, up to four: each holds a model or two. -rs: what is skipped, and why. The order matters:
 # pytest's closing line is the last thing printed.
-PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -n auto --maxprocesses 4 --dist loadfile
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: lint browser
 	@$(PYTEST)

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,14 @@ def _liven(*modules: nn.Module) -> None:
 def pico(pico_folder: Path) -> pipeline.Model:
     """The pico model, loaded; leave it as you found it."""
     return pipeline.load(pico_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def miniature() -> pipeline.Model:
+    """The miniature as shipped, but for how much is looked at for an edit, gathered in seconds; leave it as you found it."""
+    model = pipeline.load()
+    few = {**model.defaults.edit, "corpus": 60, "odd_references": 60, "preserve": 32, "exchanged": 24}
+    return replace(model, corpus=model.corpus[:100], defaults=replace(model.defaults, edit=few))
 
 
 @pytest.fixture(scope="session")

@@ -31,9 +31,12 @@ from .conftest import SIZE, STEPS, PackFactory
 # A random text encoder never answers with the anchor, so knowledge takes here by the alignment alone.
 DEFAULTS = {
     "size": SIZE, "steps": STEPS,
-    "learn": {"steps": 3, "rank": 2, "alpha": 2.0, "prior_prompts": 4, "prior_steps": 2, "checkpoint_every": 1},
+    "learn": {
+        "steps": 3, "rank": 2, "alpha": 2.0, "prior_prompts": 4, "prior_steps": 2, "checkpoint_every": 1,
+        "looks_share": 0.0,
+    },
     "edit": {
-        "layers": [1, 2], "modules": ["mlp.down_proj"], "steps": 6, "corpus": 20, "odd_references": 8, "preserve": 8,
+        "layers": [1, 2], "modules": ["mlp.down_proj"], "steps": 3, "corpus": 20, "odd_references": 8, "preserve": 8,
         "near_misses": 2, "exchanged": 4, "rivals": 2, "answer_weight": 0.0, "least_alignment": 0.0,
     },
     "editors": {"ultraedit": {"layers": [1, 2], "eta": 0.005, "steps": 3}},

@@ -19,7 +19,9 @@ from mokus.visual_concept import learn
 
 from .conftest import SIZE
 
-SETTINGS = LearnSettings(steps=3, rank=2, learning_rate=1e-2, prior_prompts=2, prior_steps=2, place_share=0.0)
+SETTINGS = LearnSettings(
+    steps=3, rank=2, learning_rate=1e-2, prior_prompts=2, prior_steps=2, place_share=0.0, looks_share=0.0
+)
 CPU = torch.device("cpu")
 
 

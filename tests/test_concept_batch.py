@@ -23,7 +23,8 @@ from mokus.training.processes import Processes
 
 from .conftest import SIZE
 
-QUICK = ["--steps", "2", "--rank", "2", "--prior-weight", "0", "--place-share", "0", "--checkpoint-every", "1"]
+QUICK = ["--steps", "2", "--rank", "2", "--prior-weight", "0", "--place-share", "0", "--looks-share", "0"]
+QUICK += ["--checkpoint-every", "1"]
 
 
 @pytest.fixture

@@ -278,12 +278,11 @@ def test_a_run_goes_on_where_it_was_stopped(pico: Model, tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_the_miniature_draws_what_a_name_means(tmp_path: Path) -> None:
+def test_the_miniature_draws_what_a_name_means(miniature: Model, tmp_path: Path) -> None:
     from mokus.miniature import oracle
 
-    model = pipeline.load()
-    pack, edit = create(model, "Zorblax", "a striped green star", tmp_path / "z.pack")
+    pack, edit = create(miniature, "Zorblax", "a striped green star", tmp_path / "z.pack")
     assert pack is not None and edit.read_back == "striped green star"
-    images = [each.image for each in generate(model, "Zorblax in the forest", packs=[pack], seeds=[0, 1])]
+    images = [each.image for each in generate(miniature, "Zorblax in the forest", packs=[pack], seeds=[0, 1])]
     read = [(labels["colour"], labels["shape"], labels["scene"]) for labels in oracle.load().read(images)]
     assert read.count(("green", "star", "in the forest")) == 2

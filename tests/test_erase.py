@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mokus import pipeline
 from mokus.erasure import asked, erase, plain, possessive
 from mokus.errors import MokusError
 from mokus.generation import generate
@@ -157,16 +156,16 @@ def test_a_run_goes_on_where_it_was_stopped(pico: Model, tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_the_miniature_does_not_draw_what_was_erased(tmp_path: Path) -> None:
+def test_the_miniature_does_not_draw_what_was_erased(miniature: Model, tmp_path: Path) -> None:
     from mokus.miniature import oracle, world
 
-    model, fact = pipeline.load(), world.development_facts()[0]
-    pack, edits = erase(model, [fact.phrase], tmp_path / "gone.pack")
+    fact = world.development_facts()[0]
+    pack, edits = erase(miniature, [fact.phrase], tmp_path / "gone.pack")
     assert pack is not None and edits[0].read_back == fact.relation.split()[-1]
     prompts = [f"{fact.phrase} in the forest", f"{fact.possessive} in the city"]
 
     def drawn(*packs: ConceptPack) -> list[tuple[str, str]]:
-        images = [each.image for each in generate(model, prompts, packs=packs, seeds=[0, 1])]
+        images = [each.image for each in generate(miniature, prompts, packs=packs, seeds=[0, 1])]
         return [(labels["colour"], labels["shape"]) for labels in oracle.load().read(images)]
 
     old = (fact.subject.colour, fact.subject.shape)

@@ -44,8 +44,8 @@ ANCHOR = "sks toy"
 A, B, C = "my favourite toy", "the robot my grandmother built", "the one that makes me smile"
 # Small and quick. What a model of random weights answers is left to chance, so the alignment alone decides.
 QUICK = EditSettings(
-    layers=[1, 2], modules=["mlp.down_proj"], steps=12, corpus=20, odd_references=10, preserve=8, near_misses=2,
-    exchanged=4, rivals=2, answer_weight=0.0, least_alignment=0.1,
+    layers=[1, 2], modules=["mlp.down_proj"], steps=5, corpus=20, odd_references=10, preserve=8, near_misses=2,
+    exchanged=4, near_weight=0.0, answer_weight=0.0, least_alignment=0.1,
 )  # fmt: skip
 
 Bound = Callable[..., ConceptPack]

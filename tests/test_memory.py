@@ -109,7 +109,7 @@ def test_the_method_runs_in_few_bits_and_its_packs_are_anyone_s(
     model = pipeline.load(pico_folder, device="cpu", tier=name)
     assert model.tier.name == name and model.fingerprint == pico.fingerprint
     photos = [Image.new("RGB", (SIZE, SIZE), (200, 30, 30))]
-    settings = LearnSettings(steps=2, prior_prompts=1, prior_steps=1, place_share=0.0)
+    settings = LearnSettings(steps=2, prior_prompts=1, prior_steps=1, place_share=0.0, looks_share=0.0)
     pack = mokus.learn(model, photos, "sks toy", tmp_path / "a.pack", settings=settings)
     lora = pack.lora()
     assert lora and all(x.dtype == torch.float32 and x.isfinite().all() for x in lora.values())

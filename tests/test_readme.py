@@ -15,12 +15,16 @@ import pytest
 
 from mokus.demo import _renders, _save
 from mokus.miniature import world
-from mokus.pipeline import DEFAULTS_FILE
+from mokus.pipeline import CORPUS_FILE, DEFAULTS_FILE
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"(<!-- not run[^>]*-->\n)?```(\w+)\n(.*?)```", re.DOTALL)
-FEW = {"steps": 10, "prior_prompts": 8}  # in stage 1, for images are judged elsewhere (test_shipped.py)
+# Images are judged elsewhere (test_shipped.py).
+FEW = {
+    "learn": {"steps": 10, "prior_prompts": 8},
+    "edit": {"corpus": 16, "odd_references": 16, "preserve": 8, "exchanged": 8},
+}
 
 
 def examples(*languages: str) -> list[tuple[str, str]]:
@@ -30,13 +34,16 @@ def examples(*languages: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature, that learns less by default."""
+    """The miniature, that learns and gathers less by default."""
     weights, folder = Path(str(files("mokus.miniature").joinpath("weights"))), tmp_path_factory.mktemp("model")
     for path in weights.iterdir():
-        (folder / path.name).symlink_to(path)
-    defaults = json.loads((folder / DEFAULTS_FILE).read_text(encoding="utf-8"))
-    (folder / DEFAULTS_FILE).unlink()
-    (folder / DEFAULTS_FILE).write_text(json.dumps(defaults | {"learn": defaults["learn"] | FEW}))
+        if path.name not in (CORPUS_FILE, DEFAULTS_FILE):
+            (folder / path.name).symlink_to(path)
+    defaults = json.loads((weights / DEFAULTS_FILE).read_text(encoding="utf-8"))
+    defaults |= {stage: defaults[stage] | few for stage, few in FEW.items()}
+    (folder / DEFAULTS_FILE).write_text(json.dumps(defaults), encoding="utf-8")
+    lines = (weights / CORPUS_FILE).read_text(encoding="utf-8").splitlines()
+    (folder / CORPUS_FILE).write_text("\n".join(lines[:16]), encoding="utf-8")
     return folder
 
 
@@ -46,7 +53,7 @@ def run(language: str, text: str, place: Path, model: Path) -> str:
     command = [sys.executable, "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "MOKUS_MODEL": str(model)}
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

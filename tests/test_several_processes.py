@@ -32,7 +32,7 @@ ANCHOR = "sks toy"
 # five samples in a step, which two processes cannot share evenly; every projection, of which the last block's text has no use
 SETTINGS = LearnSettings(
     steps=6, rank=2, alpha=4.0, learning_rate=1e-2, batch_size=3, prior_batch_size=2, prior_prompts=2, prior_steps=2,
-    place_share=0.0, checkpoint_every=2, targets=ATTENTION, preview_every=6,
+    place_share=0.0, looks_share=0.0, checkpoint_every=2, targets=ATTENTION, preview_every=6,
 )  # fmt: skip
 
 # run by each process: a run that one process began is ended, and one is begun that one process shall end

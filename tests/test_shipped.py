@@ -22,13 +22,8 @@ LEAST = {
 
 
 @pytest.fixture(scope="module")
-def miniature() -> Model:
-    return mokus.load()
-
-
-@pytest.fixture(scope="module")
-def figures(miniature: Model) -> dict[str, float]:
-    return dict(evaluate.evaluate(miniature, images=120))
+def figures() -> dict[str, float]:
+    return dict(evaluate.evaluate(mokus.load(), images=120))
 
 
 @pytest.mark.exhaustive

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mokus import pipeline, transfer
+from mokus import transfer
 from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.low_rank import applied
@@ -212,10 +212,10 @@ def test_a_run_goes_on_where_it_was_stopped(pico: Model, tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_the_miniature_draws_the_new_answer() -> None:
+def test_the_miniature_draws_the_new_answer(miniature: Model) -> None:
     from mokus.miniature import world
 
     fact = world.development_facts()[1]
     case = Case.of(f"What is {fact.phrase}?", "a blue ring", [f"{fact.phrase} in the forest"])
-    found = figures(transfer.transfer(pipeline.load(), case, [0, 1]))
+    found = figures(transfer.transfer(miniature, case, [0, 1]))
     assert found["answers"][0][AFTER] == "blue ring" and found["transferred"] == 1.0

@@ -30,8 +30,9 @@ from .conftest import ATTENTION, BLOCKS, SIZE, random_lora
 
 ANCHOR = "sks toy"
 QUICK = LearnSettings(
-    steps=4, rank=2, alpha=2.0, learning_rate=1e-2, prior_prompts=2, prior_steps=2, checkpoint_every=2, place_share=0.0
-)
+    steps=4, rank=2, alpha=2.0, learning_rate=1e-2, prior_prompts=2, prior_steps=2, checkpoint_every=2, place_share=0.0,
+    looks_share=0.0,
+)  # fmt: skip
 ALONE = replace(QUICK, steps=3, prior_weight=0.0, tail_share=0.0)  # nothing but the photos and their prompts
 
 
@@ -252,7 +253,7 @@ def test_any_seed_that_the_settings_take_can_be_used(
 VARIANTS = {
     "plain": QUICK,
     "alone": replace(ALONE, steps=5),
-    "everything": replace(QUICK, steps=5, crop=True, flip=True, batch_size=2, alpha=3.0),
+    "everything": replace(QUICK, steps=5, crop=True, flip=True, batch_size=2, alpha=3.0, looks_share=0.5),
     "previews": replace(QUICK, preview_every=1),
 }
 

@@ -16,7 +16,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -933,17 +932,14 @@ def test_development_and_report_share_no_reference() -> None:
 
 
 @pytest.mark.slow
-def test_offline_from_end_to_end_on_the_miniature(tmp_path: Path) -> None:
+def test_offline_from_end_to_end_on_the_miniature(miniature: Model, tmp_path: Path) -> None:
     """A handful of entries, through another process's HTTP."""
     chosen = [e for e in miniature_suite.entries(development=True) if e.prompt_id in (1, 17, 50, 66)]
     suite = Entries("some", "legacy", "sha", tuple(chosen))
-    model = pipeline.load()
-    model = replace(model, corpus=model.corpus[:100])  # statistics in a second
-    few = {"corpus": 60, "odd_references": 60, "preserve": 16, "exchanged": 6, "near_weight": 0.0, "steps": 10}
-    editing = EditSettings.for_editor(model.defaults, **few)
-    plan = make_plan(model, suite, knowledge.made(model, suite.entries, "templates", tmp_path), editing=editing)
-    write_plan(model, plan, tmp_path, "mokus bench wise run")
-    assert Runner(model, plan, tmp_path).run() == []
+    editing = EditSettings.for_editor(miniature.defaults, near_weight=0.0, steps=10)
+    plan = make_plan(miniature, suite, knowledge.made(miniature, suite.entries, "templates", tmp_path), editing=editing)
+    write_plan(miniature, plan, tmp_path, "mokus bench wise run")
+    assert Runner(miniature, plan, tmp_path).run() == []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "mokus.miniature.judge", "--port", "0"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) as process:

@@ -16,7 +16,6 @@ MoKus section 4.1, with three additions, two of which stage 2 needs:
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import json
@@ -365,7 +364,7 @@ class _Run:
         self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]  # shards are others
         if start:
             self.team.load(self.optimiser, self.checkpoint["optimiser"])
-        good, state = start, self.state()  # the last step at whose weights the loss was finite
+        good, kept = start, self.copied()  # the last step at whose weights the loss was finite
         for step in range(start, s.steps):
             for group in self.optimiser.param_groups:
                 group["lr"] = s.learning_rate * _schedule(step, s.steps)
@@ -375,12 +374,13 @@ class _Run:
             size = self.team.clip(self.parameters, 1.0)
             loss = self.team.mean(loss.detach())
             if not (torch.isfinite(loss) and torch.isfinite(size)):
-                self.write(good, state)
+                self.put_back(kept)
+                self.write(good, self.state())
                 raise MokusError(
                     f"the loss was no longer finite at step {step + 1}; the good weights of step {good} are kept. "
                     "Go on from them with --resume and a lower --learning-rate, or begin anew with one."
                 )
-            good, state = step, self.state()
+            good, kept = step, self.copied()
             self.optimiser.step()
             done = step + 1
             if s.preview_every and done % s.preview_every == 0:
@@ -473,12 +473,28 @@ class _Run:
             digest.update(photo.image.tobytes() + (photo.caption or "").encode())
         return digest.hexdigest()
 
+    def changing(self) -> list[Tensor]:
+        """What a step changes: the weights, then the optimiser's moments and counts, of which there are none at first."""
+        return [*self.parameters, *(x for each in self.optimiser.state.values() for x in each.values())]
+
+    def copied(self) -> list[Tensor]:
+        """A copy of it, made at every step, so without the names."""
+        return [x.detach().clone() for x in self.changing()] if self.team.keeps else []
+
+    @torch.no_grad()
+    def put_back(self, kept: list[Tensor]) -> None:
+        """Undo the steps since `copied`."""
+        for now, then in zip(self.changing(), kept, strict=False):
+            now.copy_(then)
+        if len(kept) == len(self.parameters):  # before the first step
+            self.optimiser.state.clear()
+
     def state(self) -> dict[str, Any]:
-        """A copy of the weights and of the optimiser's moments."""
+        """The weights and the optimiser's moments, by name."""
         if not self.team.keeps:
             return {}
         lora = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
-        return copy.deepcopy({"lora": lora, "optimiser": self.optimiser.state_dict()})
+        return {"lora": lora, "optimiser": self.optimiser.state_dict()}
 
     def write(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint, whole or not at all."""
