@@ -105,7 +105,14 @@ def pico(pico_folder: Path) -> pipeline.Model:
 def miniature() -> pipeline.Model:
     """The miniature as shipped, but for how much is looked at for an edit, gathered in seconds; leave it as you found it."""
     model = pipeline.load()
-    few = {**model.defaults.edit, "corpus": 60, "odd_references": 60, "preserve": 32, "exchanged": 24}
+    few = {
+        **model.defaults.edit,
+        "corpus": 60,
+        "odd_references": 60,
+        "preserve": 32,
+        "exchanged": 24,
+        "near_weight": 0.0,
+    }
     return replace(model, corpus=model.corpus[:100], defaults=replace(model.defaults, edit=few))
 
 

@@ -443,6 +443,7 @@ def test_the_command_line(family: str, folders: Callable[[str], Path], tmp_path:
 
 
 @pytest.mark.parametrize("family", NEW)
+@pytest.mark.exhaustive
 def test_in_bfloat16(
     family: str, folders: Callable[[str], Path], models: Callable[[str], Model], tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def test_figures_of_fewer_edits_asked_for_later_are_of_so_many(pico: Model, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_folder_of_another_run_is_refused(pico: Model, tmp_path: Path) -> None:
     editing.run(pico, tmp_path, ["rewrite"], [1], singles=1, images=False)
     with pytest.raises(MokusError, match="other settings"):

@@ -196,6 +196,7 @@ def test_knowledge_that_does_not_take_is_left_unbound(place: Path, pack: Concept
     assert result.exit_code == 1 and not json.loads(result.stdout)[0]["taken"]
 
 
+@pytest.mark.exhaustive
 def test_demo(place: Path, photos: Path) -> None:
     demo = ("demo", "--photos", photos, "--anchor", "sks dog", "--knowledge", "my dog", "--seeds", 0, "-o", "out")
     said = good(*demo)
@@ -397,6 +398,7 @@ def test_help_does_not_wait_for_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.exhaustive
 def test_the_program_prints_json_and_nothing_else(pack: ConceptPack) -> None:
     found = program("generate", "my favourite toy", "--pack", pack.path, "-o", "out", "--json")
     stdout, stderr = found.communicate(timeout=300)

@@ -185,6 +185,7 @@ def test_what_did_not_take_is_said(told: tuple[demo.Story, Path]) -> None:
     assert page.text.count("did not take") == 5 and "0 of 5 phrases" in page.text and "Unbind" not in page.text
 
 
+@pytest.mark.exhaustive
 def test_own_photos_and_knowledge(model: Model, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (200, 150), "teal").save(tmp_path / "photos" / "a.jpg")

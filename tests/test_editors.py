@@ -502,6 +502,7 @@ def test_a_least_drift_edit_gets_nearer_its_goal(pico: Model, edited: Edited) ->
     assert SETTINGS.steps <= evaluations <= 2 * SETTINGS.steps + 20
 
 
+@pytest.mark.exhaustive
 def test_a_larger_weight_of_the_drift_makes_it_smaller(pico: Model, rests: list[Tensor]) -> None:
     found = []
     for weight in (0.0, 0.5, 5.0):
@@ -567,6 +568,7 @@ def test_what_is_watched_belongs_where_it_was_before_any_edit_and_edits_where_th
         assert torch.allclose(wanted, own[i], atol=1e-4) and not torch.allclose(wanted, other[i], atol=1e-2)
 
 
+@pytest.mark.exhaustive
 def test_what_was_moved_too_far_is_brought_back_by_the_next_edit(pico: Model) -> None:
     """The references are not those of the moment: prompts that are watched end nearer to where they belong."""
     one = made("least_drift", pico, layers=[1], near_weight=100.0, rivals=400, steps=12)

@@ -146,6 +146,7 @@ def test_69_tflop_at_1024_pixels() -> None:
 # --- the stages ---------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_all_stages_are_measured_and_written(tmp_path: Path) -> None:
     file = tmp_path / "made" / "figures.json"
     result = CliRunner().invoke(app(), [*SMALL, "--json", "-o", str(file)])
@@ -164,6 +165,7 @@ def test_all_stages_are_measured_and_written(tmp_path: Path) -> None:
     assert found["stages"][f"draw, {SIZE}"]["pieces_bound"] == 1
 
 
+@pytest.mark.exhaustive
 def test_what_fails_is_noted_and_the_rest_goes_on(
     asked: job.Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -256,6 +256,7 @@ def test_deleted_image_is_drawn_again_to_the_bit(
     assert contents(place) == contents(whole)
 
 
+@pytest.mark.exhaustive
 def test_shards_together_draw_what_one_process_does(
     model: Model, suite: Suite, album: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -418,6 +419,7 @@ def test_check_says_what_there_is(place: Path) -> None:
     assert "rendered" in command("bench knowcus check --suite miniature").stdout
 
 
+@pytest.mark.exhaustive
 def test_a_sweep_is_drawn_scored_and_reported(place: Path) -> None:
     clip = Path(pipeline.__file__).parent / "miniature/weights/clip"
     measured = f"--clip {clip} --without clip_i_seg,dino,pick"

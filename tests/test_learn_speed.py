@@ -32,6 +32,7 @@ def test_all_are_measured() -> None:
     assert steps["bare"]["over_bare"] == 1
 
 
+@pytest.mark.exhaustive
 def test_what_cannot_be_measured() -> None:
     done = run("--dtype", "int8")
     assert done.returncode == 2 and "expected float32 or bfloat16" in done.stderr and "Traceback" not in done.stderr

@@ -77,6 +77,7 @@ def test_equal_runs_ask_the_same() -> None:
     assert list(job.everything_asked(3, [0])) != list(job.everything_asked(4, [0]))
 
 
+@pytest.mark.exhaustive
 def test_a_run_has_all_keys_and_resumes(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = world.HELD_OUT_CHARACTERS[0]
     results = job.run(model, tmp_path, [name], [0])

@@ -22,8 +22,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"(<!-- not run[^>]*-->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 # Images are judged elsewhere (test_shipped.py).
 FEW = {
-    "learn": {"steps": 10, "prior_prompts": 8},
-    "edit": {"corpus": 16, "odd_references": 16, "preserve": 8, "exchanged": 8},
+    "learn": {"steps": 10, "prior_prompts": 8, "looks_share": 0.0},
+    "edit": {"corpus": 16, "odd_references": 16, "preserve": 8, "exchanged": 8, "near_weight": 0.0},
 }
 
 

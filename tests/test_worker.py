@@ -91,6 +91,7 @@ def test_a_mistake_fails_its_job_with_one_sentence(worker: Worker, tmp_path: Pat
         worker.job("../../etc")
 
 
+@pytest.mark.exhaustive
 def test_a_stopped_learn_goes_on_to_what_it_would_have_been(
     worker: Worker, pico: Model, photos: Path, tmp_path: Path
 ) -> None:

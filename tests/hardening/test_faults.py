@@ -47,6 +47,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks and kills process
 # every way. MOKUS_FAULTS=all takes every call.
 FIRST, LAST, SOME = 2, 3, 3
 WAYS = ("killed", "killed in the middle", "full", "read-only")
+EXHAUSTIVE = pytest.mark.exhaustive
 
 
 # --- a command in a child that something happens to ---------------------------------------------------------
@@ -200,7 +201,7 @@ COMMANDS: dict[str, Callable[[Path, Path], list[Any]]] = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [WAYS[1], WAYS[2], *(pytest.param(w, marks=EXHAUSTIVE) for w in (WAYS[0], WAYS[3]))])
 def test_a_pack_is_as_before_or_as_after(
     tmp_path: Path, swift: Model, old: dict[str, bytes], one_photo: Path, name: str, way: str
 ) -> None:
@@ -266,7 +267,7 @@ def test_files_that_do_not_fit(
 # --- a benchmark's folder -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["killed in the middle", "full"])
+@pytest.mark.parametrize("way", ["killed in the middle", pytest.param("full", marks=EXHAUSTIVE)])
 def test_a_benchmark_goes_on(tmp_path: Path, swift: Model, one_photo: Path, way: str) -> None:
     """Killed at any call, run again: what one run makes, and nothing else."""
     suite = {**SUITE, "concepts": [{**SUITE["concepts"][0], "knowledge": SUITE["concepts"][0]["knowledge"][:1]}]}
