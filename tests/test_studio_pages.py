@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import socket
@@ -18,8 +19,11 @@ from PIL import Image
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from mokus import MokusError
+import mokus
+from mokus import MokusError, pipeline
 from mokus.cli import app
+from mokus.miniature import example
+from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Defaults
 from mokus.settings import EditSettings, LearnSettings
 from mokus.studio import bench_tab, settings_form
@@ -30,6 +34,7 @@ from mokus.studio.page import Studio
 from mokus.studio.ui import ADDRESS, build
 from mokus.studio.views import duration
 from tests.conftest import PackFactory
+from tests.test_concept_pack import tree
 
 PAGES = ("/", "/learn", "/know", "/draw", "/words", "/benchmark", "/jobs")
 HOSTILE = '<img src=x onerror=alert(1)> & "friends"'
@@ -150,7 +155,35 @@ def test_what_is_not_there_is_said_on_a_page(site: Site) -> None:
 # --- first visit ---------------------------------------------------------
 
 
-def test_the_first_visit_offers_the_example_and_photos(site: Site) -> None:
+def test_the_first_visit_offers_the_ready_example_and_photos(site: Site) -> None:
+    page = site.get("/")
+    assert "Open the example" in page and 'href="/learn"' in page
+    where = site.post("/example")
+    assert where == "/draw?pack=example" and not site.worker.jobs()
+    assert all(phrase in site.get(where) for phrase in example.PHRASES)
+    (pack,) = site.home.packs()[0].values()
+    assert tree(pack.path) == tree(example.FOLDER)
+    assert "Open the example" not in site.get("/")
+    assert "already" in site.post("/example", 422)
+
+
+def test_a_ready_example_that_cannot_be_copied_leaves_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copy2", full)
+    assert "No space left on device" in site.post("/example", 422)
+    assert not list(site.home.packs_folder.iterdir())
+
+
+def test_the_ready_example_is_of_these_weights() -> None:
+    pack, model = ConceptPack.open(example.FOLDER), pipeline.load()
+    assert pack.fingerprint == model.fingerprint and [known.text for known in pack.knowledge] == example.PHRASES
+    assert mokus.ask(model, pack.knowledge[0].questions[0], [pack.shifts()]) == pack.anchor
+
+
+def test_for_another_model_the_example_is_made(site: Site) -> None:
+    site.studio.model = "another"
     page = site.get("/")
     assert "Make the example" in page and 'href="/learn"' in page
     where = site.post("/example")

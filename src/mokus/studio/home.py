@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from mokus.errors import MokusError
+from mokus.files import copy
 from mokus.packs.concept_pack import ConceptPack
 from mokus.photos import MIN_SIDE, SUFFIXES, TURNS, load_photos, upright
 
@@ -83,6 +85,17 @@ class Home:
         path = self.packs_folder / f"{_checked(name.strip().replace(' ', '-'), 'pack')}{SUFFIX}"
         if path.exists():
             raise MokusError(f"there is a pack named {name!r} already; choose another name.")
+        return path
+
+    def take(self, name: str, pack: Path) -> Path:
+        """Copy a pack in from elsewhere, whole or not at all. Raises `MokusError` as `new_pack` does."""
+        path = self.new_pack(name)
+        beside = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)  # of a copying that was killed
+        try:
+            os.replace(copy(pack, beside), path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
         return path
 
     def free_name(self, wanted: str) -> str:

@@ -15,7 +15,7 @@ from mokus.errors import MokusError
 from mokus.knowledge import normalise
 from mokus.settings import LearnSettings
 from mokus.studio.home import MOST_PHOTOS
-from mokus.studio.page import Given, Studio, sent_to, shown_at, text
+from mokus.studio.page import FAULTS, Given, Studio, said, sent_to, shown_at, text
 from mokus.studio.settings_form import chosen, form_fields
 from mokus.studio.views import view
 
@@ -47,8 +47,8 @@ def routes(studio: Studio) -> list[Route]:
             files = [(each.filename or "", await each.read()) for each in sent]
             try:
                 name, faults = await run_in_threadpool(_keep, studio, text(form, "photos"), files)
-            except MokusError as error:
-                return await run_in_threadpool(show, form, str(error))
+            except FAULTS as error:
+                return await run_in_threadpool(show, form, said(error))
         if faults:
             there = ImmutableMultiDict([("photos", name)] if home.seen(name) else [])
             return await run_in_threadpool(show, there, " ".join(faults))

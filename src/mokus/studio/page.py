@@ -27,6 +27,7 @@ Act = Callable[[FormData], str]  # returns the address to go to; raises `MokusEr
 
 TABS = (("/learn", "Learn"), ("/know", "Know"), ("/draw", "Draw"), ("/words", "Words"), ("/benchmark", "Benchmark"))
 UNUSABLE = 422  # the status of a page that says what is wrong
+FAULTS = (MokusError, OSError)  # of the user, and of the disk: no room, no permission
 
 
 class Studio:
@@ -72,6 +73,11 @@ def shown_at(path: str, show: Show) -> Route:
     return Route(path, endpoint, methods=["GET"])
 
 
+def said(error: Exception) -> str:
+    """One of `FAULTS` in a sentence."""
+    return f"{error.filename or 'the disk'}: {error.strerror or error}." if isinstance(error, OSError) else str(error)
+
+
 def sent_to(path: str, act: Act, show: Show) -> Route:
     """A form: it acts and goes on, or shows its page again with what was typed and what is wrong with it."""
 
@@ -79,8 +85,8 @@ def sent_to(path: str, act: Act, show: Show) -> Route:
         async with request.form(max_files=0, max_fields=400) as form:
             try:
                 where = await run_in_threadpool(act, form)
-            except MokusError as error:
-                return await run_in_threadpool(show, form, str(error))
+            except FAULTS as error:
+                return await run_in_threadpool(show, form, said(error))
         return RedirectResponse(where, 303)
 
     return Route(path, endpoint, methods=["POST"])

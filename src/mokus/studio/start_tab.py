@@ -8,15 +8,15 @@ from starlette.datastructures import FormData
 from starlette.responses import Response
 from starlette.routing import Route
 
-from mokus.demo import CHARACTER, KNOWLEDGE, PHOTOS
+from mokus.demo import CHARACTER
+from mokus.miniature import example as ready
 from mokus.settings import EditSettings, LearnSettings
 from mokus.studio.learn_tab import with_previews
 from mokus.studio.page import Given, Studio, sent_to, shown_at
 from mokus.studio.settings_form import chosen
 
 EXAMPLE = "example"
-ANCHOR = "sks toy"
-PHRASES = [KNOWLEDGE[0].format(c="toy"), KNOWLEDGE[2]]
+READY_FOR = "miniature"  # the model whose weights the example lies beside
 
 
 def routes(studio: Studio) -> list[Route]:
@@ -27,25 +27,27 @@ def routes(studio: Studio) -> list[Route]:
         samples = {name: sorted((pack.path / "samples").glob("*.png"))[-1:] for name, pack in packs.items()}
         making = any(job.arguments.get("output") == str(_place()) and not job.over for job in studio.jobs("learn"))
         return studio.page(
-            "start.html", "/", error, packs=packs, faults=faults, samples=samples, making=making, phrases=PHRASES
-        )
+            "start.html", "/", error, packs=packs, faults=faults, samples=samples, making=making, phrases=ready.PHRASES,
+            ready=studio.model == READY_FOR,
+        )  # fmt: skip
 
     def example(form: FormData) -> str:
-        """Photos of a character that the miniature has never seen, drawn now; learned and bound as anybody's are."""
-        from mokus.miniature import world
-
+        """The ready one, taken in; for other models learned and bound now, as anybody's is."""
+        if studio.model == READY_FOR:
+            studio.home.take(EXAMPLE, ready.FOLDER)
+            return f"/draw?pack={EXAMPLE}"
         output, size = studio.home.new_pack(EXAMPLE), studio.defaults.size
         photos, files = studio.home.new_photos(), []
-        for number, image in enumerate(world.character_photos(CHARACTER, PHOTOS, seed=0, size=size), start=1):
+        for number, image in enumerate(ready.photos(size), start=1):
             image.save(file := BytesIO(), "PNG")
             files.append((f"{CHARACTER}-{number}.png", file.getvalue()))
         studio.home.add_photos(photos, files, size)
         learning, binding = chosen(LearnSettings, form), chosen(EditSettings, form)
         job = studio.worker.submit(
-            "learn", photos=str(studio.home.photos(photos)), anchor=ANCHOR, output=str(output),
+            "learn", photos=str(studio.home.photos(photos)), anchor=ready.ANCHOR, output=str(output),
             settings=with_previews(learning, studio.defaults.learn),
         )  # fmt: skip
-        studio.worker.submit("bind", pack=str(output), knowledge=PHRASES, settings=binding)
+        studio.worker.submit("bind", pack=str(output), knowledge=ready.PHRASES, settings=binding)
         return f"/learn?job={job.id}"
 
     def _place() -> str:

@@ -1,0 +1,44 @@
+"""The ready example: a pack of a character that the miniature was neither trained nor tuned on, learned and bound as any.
+
+It lies beside the weights, so that the studio has something to show on a first visit. Another set of weights needs another
+pack: `python -m mokus.miniature.example` makes it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+from mokus import knowledge_update, pipeline, visual_concept
+from mokus.demo import CHARACTER, KNOWLEDGE, PHOTOS
+from mokus.errors import MokusError
+from mokus.miniature import world
+from mokus.packs.concept_pack import ConceptPack
+
+FOLDER = Path(__file__).parent / "weights" / "example.pack"
+ANCHOR = "sks toy"
+PHRASES = [KNOWLEDGE[0].format(c="toy"), KNOWLEDGE[2]]
+
+
+def photos(size: int = world.SIZE) -> list[Image.Image]:
+    """What it is learned from."""
+    return world.character_photos(CHARACTER, PHOTOS, seed=0, size=size)
+
+
+def make(folder: Path = FOLDER) -> ConceptPack:
+    """Learn and bind it, and put it in the place of the one that is there. Raises `MokusError` if a phrase does not take."""
+    model, beside = pipeline.load(), folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    pack = visual_concept.learn(model, photos(), ANCHOR, beside)
+    edits = knowledge_update.bind(model, pack, *PHRASES)
+    if left := [edit.knowledge for edit in edits if not edit.taken]:
+        raise MokusError(f"{left} did not take, so the example stays as it was; look at {beside}.")
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+    return ConceptPack.open(folder)
+
+
+if __name__ == "__main__":
+    print(make().path)
