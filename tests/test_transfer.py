@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mokus import transfer
+from mokus import pictures, transfer
 from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.low_rank import applied
@@ -133,8 +133,8 @@ def test_the_picture_has_a_cell_for_every_image() -> None:
     red, rows = Image.new("RGB", (64, 64), (255, 0, 0)), []
     for prompt in ("one", "a long prompt " * 12):
         rows.append((prompt, {BEFORE: [red] * 2, AFTER: [red] * 2}))
-    pixels = np.asarray(transfer.grid(rows))
-    assert (pixels == (255, 0, 0)).all(axis=2).sum() == 8 * transfer.CELL**2
+    pixels = np.asarray(pictures.grid(rows))
+    assert (pixels == (255, 0, 0)).all(axis=2).sum() == 8 * pictures.CELL**2
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_one_case(place: Path) -> None:  # noqa: F811
     assert results["cases"][0]["prompts"] == [PHRASE] and results["images"] == 2
     assert sorted(path.name for path in (place / "out").iterdir()) == ["grid.png", "results.json"]
     with Image.open(place / "out" / "grid.png") as grid:
-        assert grid.format == "PNG" and grid.width > 3 * 2 * transfer.CELL
+        assert grid.format == "PNG" and grid.width > 3 * 2 * pictures.CELL
 
 
 def test_a_batch(place: Path) -> None:  # noqa: F811

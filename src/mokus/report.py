@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from mokus.demo import ANCHOR, BASE, BOUND, Grid, Panel, Story
+from mokus.pictures import DIM, INK, cell, wrapped
 
 LIBRARIES = ["mokus", "torch", "diffusers", "transformers", "peft"]
 PIXEL_ART = 128  # pixels: images up to this width keep their pixels, larger ones become thumbnails of twice this width
@@ -188,8 +189,6 @@ _PAGE = """<!doctype html>
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 _CELL, _GAP, _LABEL, _MARGIN = 96, 6, 250, 20
-_INK, _DIM = "#1d2330", "#667085"
-_Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def picture(story: Story) -> Image.Image:
@@ -205,16 +204,16 @@ def picture(story: Story) -> Image.Image:
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     bold, plain = ImageFont.load_default(19), ImageFont.load_default(15)
-    draw.text((_MARGIN, _MARGIN + 26), f"{len(story.photos)} photos", _INK, bold)
-    draw.text((_MARGIN, _MARGIN + 52), _wrapped(f"learned as “{story.anchor}”", plain, 1), _DIM, plain)
+    draw.text((_MARGIN, _MARGIN + 26), f"{len(story.photos)} photos", INK, bold)
+    draw.text((_MARGIN, _MARGIN + 52), wrapped(f"learned as “{story.anchor}”", plain, _LABEL - _MARGIN, 1), DIM, plain)
     _paste_row(image, story.photos[: 2 * seeds], left, _MARGIN)
     y = _MARGIN + _CELL + _GAP + 8
-    draw.text((left, y + 4), "before", _DIM, bold)
-    draw.text((right, y + 4), "after", _INK, bold)
+    draw.text((left, y + 4), "before", DIM, bold)
+    draw.text((right, y + 4), "after", INK, bold)
     y += 36
     for grid in rows:
-        label = _wrapped(grid.prompt, plain, 4)
-        draw.multiline_text((_MARGIN, y + _CELL / 2), label, _INK, plain, anchor="lm", spacing=5)
+        label = wrapped(grid.prompt, plain, _LABEL - _MARGIN, 4)
+        draw.multiline_text((_MARGIN, y + _CELL / 2), label, INK, plain, anchor="lm", spacing=5)
         for column, x in ((BASE, left), (BOUND, right)):
             _paste_row(image, [panel.image for panel in grid.columns[column][:seeds]], x, y)
         y += _CELL + _GAP
@@ -223,18 +222,5 @@ def picture(story: Story) -> Image.Image:
 
 def _paste_row(picture: Image.Image, images: Sequence[Image.Image], x: int, y: int) -> None:
     for image in images:
-        kind = Image.Resampling.NEAREST if image.width <= _CELL else Image.Resampling.LANCZOS
-        picture.paste(image.convert("RGB").resize((_CELL, _CELL), kind), (x, y))
+        picture.paste(cell(image, _CELL), (x, y))
         x += _CELL + _GAP
-
-
-def _wrapped(text: str, font: _Font, most: int) -> str:
-    """The text in lines that fit beside the images; what goes beyond `most` lines is cut off."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > _LABEL - _MARGIN:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines) if len(lines) <= most else "\n".join(lines[:most]) + " ..."

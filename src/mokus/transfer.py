@@ -8,26 +8,25 @@ counts as transferred if it is nearer to what the answer draws than to what was 
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml  # type: ignore[import-untyped]
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from mokus.editors.rewrite import rewritten
 from mokus.errors import MokusError
+from mokus.files import write, write_json
 from mokus.generation import generate
 from mokus.knowledge import QUESTION_FORMS, check_text, hidden, normalise
 from mokus.knowledge_update import Edit, Progress, answer_of, ask, check_meaning, edit
 from mokus.low_rank import Shifts, applied
 from mokus.packs.concept_pack import versions
+from mokus.pictures import grid, png_of
 from mokus.settings import EditSettings
 from mokus.yaml_list import entries
 
@@ -210,8 +209,8 @@ def run(
         "images": images,
     }  # fmt: skip
     files = [output / "grid.png", output / "results.json"]
-    write_atomically(files[0], png_of(picture(outcomes)))
-    write_atomically(files[1], (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+    write(files[0], png_of(picture(outcomes)))
+    write_json(files[1], results, indent=1)
     return results, files
 
 
@@ -233,62 +232,7 @@ def tell(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def png_of(image: Image.Image) -> bytes:
-    """A small PNG."""
-    buffer = BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Whole or not at all; makes the folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 # --- the picture ------------------------------------------------------------------------------------------------------
-
-CELL, GAP, LABEL, MARGIN, MOST = 72, 4, 210, 14, 4  # pixels, but for the seeds at most
-_INK, _DIM = "#1d2330", "#667085"
-
-
-def grid(rows: Sequence[tuple[str, dict[str, list[Image.Image]]]]) -> Image.Image:
-    """One picture of labels and, beside each, its images by column: RGB. Columns are named once, on top."""
-    names = list(dict.fromkeys(name for _, columns in rows for name in columns))
-    seeds = min(MOST, max((len(images) for _, columns in rows for images in columns.values()), default=1))
-    width = seeds * (CELL + GAP) + MARGIN
-    picture = Image.new(
-        "RGB", (2 * MARGIN + LABEL + len(names) * width, 2 * MARGIN + 26 + len(rows) * (CELL + GAP)), "white"
-    )
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    for i, name in enumerate(names):
-        draw.text((MARGIN + LABEL + i * width, MARGIN), name, _INK, font)
-    for k, (label, columns) in enumerate(rows):
-        y = MARGIN + 26 + k * (CELL + GAP)
-        draw.multiline_text((MARGIN, y + CELL / 2), wrapped(label, font), _DIM, font, anchor="lm", spacing=4)
-        for i, name in enumerate(names):
-            for j, image in enumerate(columns.get(name, [])[:seeds]):
-                kind = Image.Resampling.NEAREST if image.width <= CELL else Image.Resampling.LANCZOS
-                cell = image.convert("RGB").resize((CELL, CELL), kind)
-                picture.paste(cell, (MARGIN + LABEL + i * width + j * (CELL + GAP), y))
-    return picture
-
-
-def wrapped(text: str, font: Any, lines_at_most: int = 4) -> str:
-    """The text in lines that fit beside the images; what goes beyond is cut off."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > LABEL - MARGIN:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines if len(lines) <= lines_at_most else [*lines[:lines_at_most], "..."])
 
 
 def picture(outcomes: Sequence[Outcome]) -> Image.Image:

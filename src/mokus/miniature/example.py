@@ -1,12 +1,14 @@
 """The ready example: a pack of a character that the miniature was neither trained nor tuned on, learned and bound as any.
 
-It lies beside the weights, so that the studio has something to show on a first visit. Another set of weights needs another
-pack: `python -m mokus.miniature.example` makes it.
+It lies in the package, so that the studio has something to show on a first visit. Other weights need another pack:
+`python -m mokus.miniature.example` makes it.
 """
 
 from __future__ import annotations
 
 import shutil
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -14,10 +16,12 @@ from PIL import Image
 from mokus import knowledge_update, pipeline, visual_concept
 from mokus.demo import CHARACTER, KNOWLEDGE, PHOTOS
 from mokus.errors import MokusError
+from mokus.files import copy
 from mokus.miniature import world
 from mokus.packs.concept_pack import ConceptPack
+from mokus.settings import LearnSettings
 
-FOLDER = Path(__file__).parent / "weights" / "example.pack"
+FOLDER = Path(__file__).parent / "example.pack"
 ANCHOR = "sks toy"
 PHRASES = [KNOWLEDGE[0].format(c="toy"), KNOWLEDGE[2]]
 
@@ -29,14 +33,16 @@ def photos(size: int = world.SIZE) -> list[Image.Image]:
 
 def make(folder: Path = FOLDER) -> ConceptPack:
     """Learn and bind it, and put it in the place of the one that is there. Raises `MokusError` if a phrase does not take."""
-    model, beside = pipeline.load(), folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    pack = visual_concept.learn(model, photos(), ANCHOR, beside)
-    edits = knowledge_update.bind(model, pack, *PHRASES)
-    if left := [edit.knowledge for edit in edits if not edit.taken]:
-        raise MokusError(f"{left} did not take, so the example stays as it was; look at {beside}.")
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    model = pipeline.load()
+    settings = LearnSettings.for_model(model.defaults.learn)
+    with tempfile.TemporaryDirectory() as place:
+        settings = replace(settings, preview_every=settings.steps)
+        pack = visual_concept.learn(model, photos(), ANCHOR, Path(place) / "pack", settings=settings)
+        edits = knowledge_update.bind(model, pack, *PHRASES)
+        if left := [edit.knowledge for edit in edits if not edit.taken]:
+            raise MokusError(f"{left} did not take, so the example stays as it was.")
+        shutil.rmtree(folder, ignore_errors=True)
+        copy(pack.path, folder)
     return ConceptPack.open(folder)
 
 

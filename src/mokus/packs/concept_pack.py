@@ -57,7 +57,6 @@ from mokus.packs.files import (
     identity,
     listing,
     locked_place,
-    png_of,
     refuse_foreign,
     sha256_of_file,
     store,
@@ -78,6 +77,7 @@ from mokus.packs.weights import (
     plain,
     tensors_in,
 )
+from mokus.pictures import png_of
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model

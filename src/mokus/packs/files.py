@@ -10,12 +10,10 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from PIL import Image
 
 from mokus.errors import MokusError
 
@@ -182,10 +180,3 @@ def sha256_of_file(path: Path) -> str:
 def as_json(value: Any) -> bytes:
     """Sorted and indented, so that the same value has the same bytes."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def png_of(image: Image.Image) -> bytes:
-    """An image as the bytes of a PNG."""
-    buffer = BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
-    return buffer.getvalue()

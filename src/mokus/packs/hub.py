@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from mokus.errors import MokusError
 from mokus.packs.concept_pack import ConceptPack, listed_files
-from mokus.packs.files import FILE, MANIFEST, MAX_FILE_BYTES, MAX_JSON_BYTES, README, locked_place, png_of, swap
+from mokus.packs.files import FILE, MANIFEST, MAX_FILE_BYTES, MAX_JSON_BYTES, README, locked_place, swap
 from mokus.photos import load_photos
+from mokus.pictures import png_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

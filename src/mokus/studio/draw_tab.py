@@ -18,12 +18,12 @@ from mokus.errors import MokusError
 from mokus.knowledge import check_text
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.together import contested, shifts_of
+from mokus.pictures import grid
 from mokus.studio.home import SUFFIX
 from mokus.studio.jobs import Job
 from mokus.studio.page import Given, Studio, sent_to, shown_at, text
 from mokus.studio.triggers import Piece, pieces
 from mokus.studio.views import view
-from mokus.transfer import grid
 
 KINDS = ("compare",)
 MOST_IMAGES = 200  # of one job, base and customized

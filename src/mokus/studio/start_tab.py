@@ -16,7 +16,7 @@ from mokus.studio.page import Given, Studio, sent_to, shown_at
 from mokus.studio.settings_form import chosen
 
 EXAMPLE = "example"
-READY_FOR = "miniature"  # the model whose weights the example lies beside
+READY_FOR = "miniature"  # the model that it is of
 
 
 def routes(studio: Studio) -> list[Route]:
