@@ -157,7 +157,7 @@ def test_what_is_not_there_is_said_on_a_page(site: Site) -> None:
 
 def test_the_first_visit_offers_the_ready_example_and_photos(site: Site) -> None:
     page = site.get("/")
-    assert "Open the example" in page and 'href="/learn"' in page
+    assert "Open the example" in page and 'href="/learn"' in page and page.count("data:image/png;base64,") == 2
     where = site.post("/example")
     assert where == "/draw?pack=example" and not site.worker.jobs()
     assert example.PHRASES[0] in site.get(where)

@@ -16,14 +16,19 @@ from PIL import Image
 from mokus import knowledge_update, pipeline, visual_concept
 from mokus.demo import CHARACTER, KNOWLEDGE, PHOTOS
 from mokus.errors import MokusError
-from mokus.files import copy
+from mokus.files import copy, write
+from mokus.generation import generate
 from mokus.miniature import world
 from mokus.packs.concept_pack import ConceptPack
+from mokus.pictures import png_of
+from mokus.pipeline import Model
 from mokus.settings import LearnSettings
 
 FOLDER = Path(__file__).parent / "example.pack"
 ANCHOR = "sks toy"
 PHRASES = [KNOWLEDGE[0].format(c="toy"), KNOWLEDGE[2]]
+SHOWN, SEED = f"{PHRASES[0]} in the snow", 1
+BEFORE, AFTER = FOLDER.with_name("example_before.png"), FOLDER.with_name("example_after.png")  # what it then draws
 
 
 def photos(size: int = world.SIZE) -> list[Image.Image]:
@@ -31,9 +36,8 @@ def photos(size: int = world.SIZE) -> list[Image.Image]:
     return world.character_photos(CHARACTER, PHOTOS, seed=0, size=size)
 
 
-def make(folder: Path = FOLDER) -> ConceptPack:
+def make(model: Model, folder: Path = FOLDER) -> ConceptPack:
     """Learn and bind it, and put it in the place of the one that is there. Raises `MokusError` if a phrase does not take."""
-    model = pipeline.load()
     settings = LearnSettings.for_model(model.defaults.learn)
     with tempfile.TemporaryDirectory() as place:
         settings = replace(settings, preview_every=settings.steps)
@@ -46,5 +50,12 @@ def make(folder: Path = FOLDER) -> ConceptPack:
     return ConceptPack.open(folder)
 
 
+def draw(model: Model, pack: ConceptPack) -> None:
+    """Draw the two pictures of it."""
+    for file, packs in ((BEFORE, []), (AFTER, [pack])):
+        write(file, png_of(next(generate(model, SHOWN, packs=packs, seeds=[SEED])).image))
+
+
 if __name__ == "__main__":
-    print(make().path)
+    miniature = pipeline.load()
+    draw(miniature, make(miniature))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from io import BytesIO
+from pathlib import Path
 
 from starlette.datastructures import FormData
 from starlette.responses import Response
@@ -28,7 +30,7 @@ def routes(studio: Studio) -> list[Route]:
         making = any(job.arguments.get("output") == str(_place()) and not job.over for job in studio.jobs("learn"))
         return studio.page(
             "start.html", "/", error, packs=packs, faults=faults, samples=samples, making=making, phrases=ready.PHRASES,
-            ready=studio.model == READY_FOR,
+            ready=studio.model == READY_FOR, shown=ready.SHOWN, pair=[_inline(ready.BEFORE), _inline(ready.AFTER)],
         )  # fmt: skip
 
     def example(form: FormData) -> str:
@@ -54,3 +56,8 @@ def routes(studio: Studio) -> list[Route]:
         return str(studio.home.packs_folder / f"{EXAMPLE}.pack")
 
     return [shown_at("/", show), sent_to("/example", example, show)]
+
+
+def _inline(picture: Path) -> str:
+    """The picture as an address that holds all of it, since no folder of the studio does."""
+    return f"data:image/png;base64,{b64encode(picture.read_bytes()).decode()}"
