@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ MLPS = ["layers.1.mlp.up_proj", "layers.2.mlp.gate_proj", "layers.2.mlp.up_proj"
 LONG = ("test_readme.py", "test_shipped.py", "test_studio_browser.py", "test_create.py")  # few tests, minutes each
 
 PackFactory = Callable[..., ConceptPack]
+CASES: Counter[str] = Counter()  # of tests/hardening, by kind
 
 
 def pytest_configure() -> None:
@@ -48,6 +50,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     lone = [item.path for item in items if item.path.name in LONG]
     items.sort(key=lambda item: (item.path not in lone, -slow[item.path]))  # stable: as they stand within a file
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Of several workers each has counted its own cases."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["cases"] = dict(CASES)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker has ended."""
+    CASES.update(getattr(node, "workeroutput", {}).get("cases", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many cases the hardening suite has seen."""
+    if CASES:
+        parts = ", ".join(f"{kind} {n:,}" for kind, n in sorted(CASES.items()))
+        terminalreporter.write_line(f"hardening: {sum(CASES.values()):,} cases: {parts}")
 
 
 @pytest.fixture(scope="session", autouse=True)

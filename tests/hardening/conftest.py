@@ -1,11 +1,10 @@
-"""What the suite shares: its count of cases, and a pico model whose edits are quick."""
+"""What the suite shares: the count of its cases, and a pico model whose edits are quick."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,7 @@ from PIL import Image
 from mokus import pipeline
 from mokus.pipeline import Model
 
-from ..conftest import SIZE
-
-CASES: Counter[str] = Counter()
+from ..conftest import CASES, SIZE
 
 # The same examples in every run, so that a red run is red again. MOKUS_FUZZ=1000 looks further, at random.
 _more = int(os.environ.get("MOKUS_FUZZ", "0"))
@@ -31,12 +28,6 @@ settings.load_profile("mokus")
 def case(kind: str) -> None:
     """Count one case: an input, a point of failure, a hostile file, a cycle."""
     CASES[kind] += 1
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if CASES:
-        parts = ", ".join(f"{kind} {n:,}" for kind, n in sorted(CASES.items()))
-        terminalreporter.write_line(f"hardening: {sum(CASES.values()):,} cases: {parts}")
 
 
 # The smallest learning and editing that goes the whole way.
