@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from html import unescape
 from importlib.resources import files
@@ -173,7 +176,30 @@ def test_a_ready_example_that_cannot_be_copied_leaves_nothing(site: Site, monkey
 
     monkeypatch.setattr("shutil.copy2", full)
     assert "No space left on device" in site.post("/example", 422)
-    assert not list(site.home.packs_folder.iterdir())
+    assert [path.name for path in site.home.packs_folder.iterdir()] == [".take.lock"]
+
+
+def test_a_ready_example_opened_twice_at_once_is_there_once_and_whole(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy2 = shutil.copy2
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.05)
+        copy2(*args)
+
+    monkeypatch.setattr("shutil.copy2", slow)
+
+    def taken(_: int) -> str:
+        try:
+            return str(site.home.take("example", example.FOLDER))
+        except MokusError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        said = sorted(pool.map(taken, range(2)))
+    assert "already" in said[1] and said[0] == str(site.home.pack("example"))
+    assert tree(site.home.pack("example")) == tree(example.FOLDER)
 
 
 def test_the_ready_example_is_of_these_weights() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
 from PIL import ExifTags, Image
 
 from mokus.errors import MokusError
@@ -89,13 +90,14 @@ class Home:
 
     def take(self, name: str, pack: Path) -> Path:
         """Copy a pack in from elsewhere, whole or not at all. Raises `MokusError` as `new_pack` does."""
-        path = self.new_pack(name)
-        beside = path.with_name(f".{path.name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)  # of a copying that was killed
-        try:
-            os.replace(copy(pack, beside), path)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        with FileLock(self.packs_folder / ".take.lock"):  # a button may be pressed twice
+            path = self.new_pack(name)
+            beside = path.with_name(f".{path.name}.tmp")
+            shutil.rmtree(beside, ignore_errors=True)  # of a copying that was killed
+            try:
+                os.replace(copy(pack, beside), path)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
         return path
 
     def free_name(self, wanted: str) -> str:
