@@ -17,6 +17,10 @@ from mokus.bench.wise.cli import wise
 from mokus.console import (
     Bars,
     Commands,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    SeedsOption,
     file_names,
     load_model,
     note,
@@ -62,17 +66,6 @@ PreferOption = Annotated[
         "--prefer", metavar="PACK", help="The pack whose meaning counts, for a phrase that several packs bind."
     ),
 ]
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature",
-                 help="Hub id or folder of a QwenImagePipeline such as Qwen/Qwen-Image, or of another known family."),
-]  # fmt: skip
-DeviceOption = Annotated[
-    str | None,
-    typer.Option(help="Where to compute: cpu, cuda, cuda:1.", show_default="a GPU if there is one"),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
-SeedsOption = Annotated[str, typer.Option(help="Numbers and ranges: 0-3 or 0,5,7.")]
 
 
 @app.command()

@@ -29,6 +29,19 @@ if TYPE_CHECKING:
 
 err = Console(stderr=True, highlight=False)
 
+# options that many commands have
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature",
+                 help="Hub id or folder of a QwenImagePipeline such as Qwen/Qwen-Image, or of another known family."),
+]  # fmt: skip
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="Where to compute: cpu, cuda, cuda:1.", show_default="a GPU if there is one"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+SeedsOption = Annotated[str, typer.Option(help="Numbers and ranges: 0-3 or 0,5,7.")]
+
 MOST_SEEDS = 10_000
 
 # Faults of the place rather than of the program: no room, no permission, not a folder, ...

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mokus.console import Bars, load_model, parse_counts, print_json
+from mokus.console import Bars, JsonOption, load_model, parse_counts, print_json
 from mokus.errors import MokusError
 from mokus.settings import EditSettings
 
@@ -15,7 +15,6 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature", help="A model of the miniature's world."),
 ]  # fmt: skip
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of results; a stopped run goes on there.")
 ]

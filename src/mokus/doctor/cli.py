@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mokus.console import err, print_json, stdout
+from mokus.console import JsonOption, err, print_json, stdout
 from mokus.errors import MokusError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def doctor(
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="With --gpu-memory, its name, for seconds: H100, A100, RTX 4090.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """What a task needs of this machine or another one: memory, FLOPs, seconds, and the memory tier to use.
 

@@ -8,12 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from mokus.console import Bars, load_model, note, print_json
+from mokus.console import Bars, JsonOption, load_model, note, print_json
 from mokus.errors import MokusError
 
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
 RepoArgument = Annotated[str, typer.Argument(metavar="REPO", help="A repository of the Hugging Face hub: me/toy.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 DTYPES = ("bfloat16", "float16", "float32")
 
 

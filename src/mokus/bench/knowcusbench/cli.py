@@ -15,7 +15,18 @@ import typer
 from rich.table import Table
 
 from mokus.bench.knowcusbench.methods import METHODS, method
-from mokus.console import Bars, Commands, load_model, note, parse_seeds, print_json, stdout
+from mokus.console import (
+    Bars,
+    Commands,
+    JsonOption,
+    ModelOption,
+    SeedsOption,
+    load_model,
+    note,
+    parse_seeds,
+    print_json,
+    stdout,
+)
 from mokus.errors import MokusError
 from mokus.files import read_json, write_json
 
@@ -40,14 +51,9 @@ PhotosOption = Annotated[
     list[str] | None,
     typer.Option("--photos", metavar="SOURCE=DIR", help="Folder of another source of the suite; repeat."),
 ]
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature", help="Hub id or folder of a QwenImagePipeline."),
-]  # fmt: skip
 ConceptsOption = Annotated[
     str | None, typer.Option(help="Which, with commas between them.", show_default="all of them")
 ]
-SeedsOption = Annotated[str, typer.Option(help="Numbers and ranges: 0-3 or 0,5,7.")]
 BatchOption = Annotated[int, typer.Option(help="Images drawn at once.", min=1)]
 LearnStepsOption = Annotated[
     int | None, typer.Option(help="Steps of stage 1; few for a rehearsal.", min=1, show_default="the model's own")
@@ -56,7 +62,6 @@ StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.", min=1,
 SizeOption = Annotated[
     int | None, typer.Option(help="Height and width in pixels.", min=1, show_default="the model's own")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 ClipOption = Annotated[
     str | None, typer.Option(help="Hub id or folder of a CLIPModel.", show_default="the suite's own choice")
 ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mokus.console import Bars, Commands, load_model, note, parse_seeds, print_json
+from mokus.console import Bars, Commands, JsonOption, ModelOption, load_model, note, parse_seeds, print_json
 from mokus.errors import MokusError
 
 if TYPE_CHECKING:
@@ -26,11 +26,6 @@ OutputOption = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the run; it resumes there.")
 ]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run.")]
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature", help="Hub id or folder of a QwenImagePipeline."),
-]  # fmt: skip
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 JudgeOption = Annotated[
     str | None,
     typer.Option("--judge", metavar="URL", help="An OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1."),
