@@ -455,7 +455,7 @@ def test_the_square_of_b_is_the_drift(pico: Model, rests: list[Tensor]) -> None:
     """What dW changes elsewhere, and dW itself, as a share of the outputs' energy over the corpus (the median matrix's)."""
     one = made("least_drift", pico, layers=[0, 1, 2])
     known = moments(pico, one.paths, corpus_of(pico, one.settings))
-    bases = one._bases(Goal(pico, REQUEST), REQUEST)
+    bases = one._bases(Goal(pico, REQUEST), REQUEST, {})
     energies = []
     for path in one.paths:
         weight = pico.pipe.text_encoder.get_submodule(path).weight.double()
@@ -477,15 +477,42 @@ def test_all_that_shall_stay_counts_as_elsewhere(pico: Model, rests: list[Tensor
         x = inputs_after_prefix(pico, texts, [path], last)[path].double()
         return bool(torch.linalg.eigvalsh(rest - 0.99 * weight * x.T @ x).min() > -1e-6 * rest.norm())
 
-    one._bases(goal, REQUEST)
+    one._bases(goal, REQUEST, {})
     one.remember(OTHER, {}, {})
-    one._bases(goal, REQUEST)
+    one._bases(goal, REQUEST, {})
     before, after = (rest - one.grams[path] for rest in rests)
     near = [form.format(text) for text in ("your favourite toy", "his favourite toy") for form in ("{}", "What is {}?")]
     for texts in (prior_prompts("toy", SETTINGS.preserve, seed=1), near, ["a photo of sks toy", "What is sks toy?"]):
         assert holds(before, texts) and holds(after, texts)
     earlier = [f"a photo of {OTHER.knowledge}", f"two friends and {OTHER.knowledge} in a park"]
     assert holds(after - before, earlier, least_drift.EARLIER, last=5) and not holds(before, earlier, last=5)
+
+
+def test_an_earlier_edit_is_protected_as_it_is_with_its_shifts_in_place(pico: Model) -> None:
+    """In deeper layers other inputs arrive then, and rows of the unedited encoder would protect nothing."""
+    one = made("least_drift", pico, layers=[1, 2])
+    first, second = one.paths
+    far = {first: LowRankShift(normal(4, 512), normal(192, 4))}
+    one.remember(OTHER, {}, far)
+
+    def held(*shifts: Shifts) -> bool:
+        with applied(pico.pipe.text_encoder, *shifts):
+            x = inputs_after_prefix(pico, [f"two friends and {OTHER.knowledge} in a park"], [second], last=5)[second].double()
+        return bool(torch.linalg.eigvalsh(one.earlier[second] - 0.99 * x.T @ x).min() > -1e-6 * one.earlier[second].norm())
+
+    assert held(far)
+    assert not held()
+
+
+def test_what_is_edited_are_the_inputs_with_earlier_edits_in_place(pico: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, goal = made("least_drift", pico, layers=[1, 2]), Goal(pico, REQUEST)
+    far, seen = {one.paths[0]: LowRankShift(normal(4, 512), normal(192, 4))}, list[Tensor]()
+    monkeypatch.setattr(least_drift, "_basis", lambda h, rest: seen.append(h) or _basis(h, rest))
+    one._bases(goal, REQUEST, far)
+    with applied(pico.pipe.text_encoder, far):
+        wanted = goal.inputs(one.paths, goal.where)
+    assert all(torch.equal(h, wanted[path]) for h, path in zip(seen, one.paths, strict=True))
+    assert not torch.allclose(seen[1], goal.inputs(one.paths, goal.where)[one.paths[1]], atol=1e-3)
 
 
 def test_a_least_drift_edit_gets_nearer_its_goal(pico: Model, edited: Edited) -> None:

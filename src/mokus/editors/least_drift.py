@@ -12,6 +12,9 @@ at the edited rows: the shifts of least drift for given outputs at H all have th
 regression, arXiv 2505.14679, seen from the other side). So rank <= n, drift = ||B||^2, and plain quadratic optimisation is
 right: a step along the gradient in B is UltraEdit's step with C for I.
 
+What enters a deeper matrix depends on the edits below it. So H are the inputs with earlier edits in place, and the rows of an
+earlier edit those with its own shifts, too: rows of the unedited encoder would protect what no longer arrives (docs/log.md).
+
 An edit acts at the template's tail, so that is where C counts most, and where it has to hold for ways to say it that it
 was not made with: the more forms span H, the less C takes of what they have in common.
 
@@ -86,7 +89,7 @@ class Editor:
         """See `mokus.editors.Editor`."""
         before = collected(before)
         goal = goal_of(self.model, request, self._meaning(request.says, FORMS))
-        search = _Search(self, goal, before, self._bases(goal, request))
+        search = _Search(self, goal, before, self._bases(goal, request, before))
         watched = self.watch.around(request) if self.settings.near_weight and self.settings.rivals else None
         for i, share in enumerate(ROUNDS):
             if i and watched:
@@ -97,15 +100,17 @@ class Editor:
     def remember(self, request: Request, before: Shifts, shifts: Shifts) -> None:
         """See `mokus.editors.Editor`."""
         goal = Goal(self.model, request, continued=False, meaning=self._meaning(request.says, IMAGE_FORMS, False))
-        rows = goal.inputs(self.paths, goal.where)
-        more = inputs_after_prefix(self.model, request.prompts(KEPT_FORMS), self.paths, goal.tail)
+        after = collected(added(before, shifts))
+        rows = goal.inputs(self.paths, goal.where, after)
+        with applied(self.model.pipe.text_encoder, after):
+            more = inputs_after_prefix(self.model, request.prompts(KEPT_FORMS), self.paths, goal.tail)
         for path in self.paths:
             self.earlier[path] += _gram(rows[path]) + _gram(more[path])
-        self.watch.hold(request, collected(added(before, shifts)))
+        self.watch.hold(request, after)
 
-    def _bases(self, goal: Goal, request: Request) -> dict[str, Tensor]:
+    def _bases(self, goal: Goal, request: Request, before: Shifts) -> dict[str, Tensor]:
         """A (r, d_in) of every module, scaled such that ||B||^2 is its drift."""
-        h = goal.inputs(self.paths, goal.where)
+        h = goal.inputs(self.paths, goal.where, before)
         own = [*prompts(request.says), *prompts(request.says, CHECK_FORMS), *questions(request.answer)]
         near = inputs_after_prefix(self.model, [*own, *self._near_rows(request)], self.paths)
         of_class = self._of_class(class_word(request.answer))
