@@ -496,15 +496,19 @@ def test_an_earlier_edit_is_protected_as_it_is_with_its_shifts_in_place(pico: Mo
     one.remember(OTHER, {}, far)
 
     def held(*shifts: Shifts) -> bool:
+        texts = [f"two friends and {OTHER.knowledge} in a park"]
         with applied(pico.pipe.text_encoder, *shifts):
-            x = inputs_after_prefix(pico, [f"two friends and {OTHER.knowledge} in a park"], [second], last=5)[second].double()
-        return bool(torch.linalg.eigvalsh(one.earlier[second] - 0.99 * x.T @ x).min() > -1e-6 * one.earlier[second].norm())
+            x = inputs_after_prefix(pico, texts, [second], last=5)[second].double()
+        rest = one.earlier[second]
+        return bool(torch.linalg.eigvalsh(rest - 0.99 * x.T @ x).min() > -1e-6 * rest.norm())
 
     assert held(far)
     assert not held()
 
 
-def test_what_is_edited_are_the_inputs_with_earlier_edits_in_place(pico: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_edited_are_the_inputs_with_earlier_edits_in_place(
+    pico: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, goal = made("least_drift", pico, layers=[1, 2]), Goal(pico, REQUEST)
     far, seen = {one.paths[0]: LowRankShift(normal(4, 512), normal(192, 4))}, list[Tensor]()
     monkeypatch.setattr(least_drift, "_basis", lambda h, rest: seen.append(h) or _basis(h, rest))

@@ -168,8 +168,9 @@ def _states(language_model: nn.Module, read: Sequence[nn.Module], **inputs: Any)
 class Entering:
     """Rows on their way into a layer of the language model: what an edit of that layer and of those above it never changes.
 
-    Prefix and rows are run through the layers below once, with what is applied then; `states` goes on from there. An edit of
-    layers 18 to 25 of 28 is sought in half the time.
+    Prefix and rows are run through the layers below once, with what is applied then; `states` goes on from there, several
+    rows in one line where they fit, so that little is computed for padding. An edit of layers 18 to 25 of 28 is sought in
+    less than half the time.
     """
 
     def __init__(self, model: Model, rows: Rows, layer: int) -> None:
@@ -182,18 +183,83 @@ class Entering:
                 rows._run(model, [])
         finally:
             hook.remove()
-        self.prefix, self.own = reached  # (1, prefix, d), (b, s, d)
+        self.prefix, own = reached  # (1, prefix, d), (b, s, d)
+        self.lines = Lines.of(rows.lengths.tolist(), rows.ids.shape[1], self.prefix.shape[1], own)
+        self.own = self.lines.laid(own)  # (lines, width, d)
 
     def states(self) -> States:
-        """The same as `Rows.states`."""
-        language_model, read = self.model.language_model, _read(self.model)
+        """The same as `Rows.states` up to rounding, but for zeros at the padding."""
+        language_model, read, lines = self.model.language_model, _read(self.model), self.lines
         with _some_layers(language_model, slice(self.layer, None)):
             cache = DynamicCache()
             with torch.no_grad():
                 language_model(inputs_embeds=self.prefix, past_key_values=cache, use_cache=True)
                 cache.batch_repeat_interleave(len(self.own))
             cache.layers[0] = cache.layers[self.layer]  # is asked how much has been seen already
-            return _states(language_model, read, inputs_embeds=self.own, past_key_values=cache)
+            found = _states(
+                language_model, read, inputs_embeds=self.own, past_key_values=cache, attention_mask=lines.mask,
+                position_ids=lines.positions,
+            )  # fmt: skip
+        return States(*(lines.taken_up(x) for x in found))
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Rows (b, s) of unequal length, one behind the other in fewer lines (n, w), none of which sees another.
+
+    `at` (n, w): which of the b s tokens stands there, the first in place of padding; `where` (b, s): its place among the n w,
+    past the end for padding. `mask` (n, 1, w, prefix + w) is added to attention scores, `positions` (n, w) count from the
+    row's own start.
+    """
+
+    at: Tensor
+    where: Tensor
+    mask: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], longest: int, prefix: int, like: Tensor) -> Lines:
+        """For rows of these lengths in (b, longest), behind a prefix that all of them see; mask of the dtype of `like`."""
+        lines = _together(lengths, 2 * max(lengths))
+        width = max(sum(lengths[row] for row in line) for line in lines)
+        at = torch.zeros(len(lines), width, dtype=torch.long)
+        where = torch.full((len(lengths), longest), at.numel())
+        row_at, place = torch.full_like(at, -1), torch.zeros_like(at)
+        for i, line in enumerate(lines):
+            begin = 0
+            for row in line:
+                n = lengths[row]
+                here, tokens = slice(begin, begin + n), torch.arange(n)
+                at[i, here], row_at[i, here], place[i, here] = row * longest + tokens, row, tokens
+                where[row, :n] = i * width + begin + tokens
+                begin += n
+        sees = (row_at[:, :, None] == row_at[:, None, :]) & (place[:, :, None] >= place[:, None, :])
+        mask = torch.zeros(len(lines), 1, width, prefix + width, dtype=like.dtype)
+        mask[:, 0, :, prefix:].masked_fill_(~sees, torch.finfo(like.dtype).min)
+        return cls(*(x.to(like.device) for x in (at, where, mask, prefix + place)))
+
+    def laid(self, rows: Tensor) -> Tensor:
+        """(b, s, d) -> (n, w, d)."""
+        return rows.flatten(0, 1)[self.at]
+
+    def taken_up(self, lines: Tensor) -> Tensor:
+        """(n, w, d) -> (b, s, d), zeros where a row has ended."""
+        flat = lines.flatten(0, 1)
+        return torch.cat([flat, flat.new_zeros(1, flat.shape[1])])[self.where]
+
+
+def _together(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Rows by number, such that those of a line are at most so long together: the longest first, each where it fits first."""
+    lines: list[list[int]] = []
+    left: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        i = next((i for i, room in enumerate(left) if room >= lengths[row]), len(lines))
+        if i == len(lines):
+            lines.append([])
+            left.append(most)
+        lines[i].append(row)
+        left[i] -= lengths[row]
+    return lines
 
 
 @contextmanager

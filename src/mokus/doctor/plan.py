@@ -28,7 +28,7 @@ from mokus.settings import EditSettings, LearnSettings
 
 PHOTOS = 5
 SUBJECTS = 17  # the anchor and those who lend it their tokens (`visual_concept.LENDERS`)
-ROWS, ROW_TOKENS = 32, 36  # of an edit's last evaluations, its own forms and the rivals that are watched, as counted
+LINES, LINE_TOKENS = 12, 64  # of an edit's last evaluations, its own forms and the rivals that are watched, as counted
 GRAMS = 3  # second moments that `least_drift` holds of every edited matrix, in float64
 HISTORY = (
     15  # copies of all factors B, in float32, that L-BFGS holds: two of each of six steps, weights, gradient, direction
@@ -37,7 +37,7 @@ COPIES = 7  # of a LoRA in float32: itself, gradient, two moments, and the last 
 # Tokens that pass the text encoder, counted over three edits by `least_drift` in a small model, which does not change how many:
 # for an edit without a backward pass, into the edited layers (`encoder.Entering`, three times the rows), and through them
 # with one; for the statistics, once
-PASSED, ENTERED, EVALUATED, CORPUS = 13_000, 2_000, 15_000, 67_000
+PASSED, ENTERED, EVALUATED, CORPUS = 13_000, 2_000, 10_500, 67_000
 KERNELS = (
     1.25  # convolutions of the VAE need a quarter more for themselves than their tensors: on an H200 (docs/memory.md)
 )
@@ -85,8 +85,8 @@ def _edit_use(key: str, edited: int, above: int, modules: tuple[str, ...], dtype
         edited,
         above,
         modules,
-        ROWS,
-        ROW_TOKENS,
+        LINES,
+        LINE_TOKENS,
     )
 
 
