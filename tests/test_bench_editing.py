@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mokus.bench import editing
+from mokus.bench.editing import cases, measure, run
 from mokus.cli import app
 from mokus.errors import MokusError
 from mokus.goal import Goal
@@ -31,15 +31,15 @@ KEYS = {
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer captions, prompts, facts and forms."""
-    untouched = editing._untouched
-    monkeypatch.setattr(editing, "CAPTIONS", 4)
-    monkeypatch.setattr(editing, "_untouched", lambda some: untouched(some)[:5])
-    monkeypatch.setattr(editing, "DRIFT", 330)
+    untouched = measure._untouched
+    monkeypatch.setattr(measure, "CAPTIONS", 4)
+    monkeypatch.setattr(measure, "_untouched", lambda some: untouched(some)[:5])
+    monkeypatch.setattr(measure, "DRIFT", 330)
 
 
 def test_what_is_reported_on_was_never_tuned_on() -> None:
     tuned = {fact.phrase for fact in world.development_facts()}
-    edited, never = editing.edited_facts(), world.bystanders()
+    edited, never = cases.edited_facts(), world.bystanders()
     assert len(tuned) == 80 and len(edited) == 120 and len(never) == 40
     assert not tuned & {fact.phrase for fact in (*edited, *never)} and not {*edited} & {*never}
     assert all(fact.held_out for fact in world.facts() if fact.phrase not in tuned and fact in edited and fact.held_out)
@@ -52,12 +52,12 @@ def test_forms_of_the_benchmark_are_not_edited() -> None:
     from mokus.editors.least_drift import FORMS
     from mokus.editors.watch import KEPT_FORMS
 
-    own = {*editing.QUESTIONS, *editing.PROMPTS}
-    assert not own & {*QUESTION_FORMS, *IMAGE_FORMS, *CHECK_FORMS, *KEPT_FORMS, *FORMS} and len(editing.PROMPTS) >= 8
+    own = {*cases.QUESTIONS, *cases.PROMPTS}
+    assert not own & {*QUESTION_FORMS, *IMAGE_FORMS, *CHECK_FORMS, *KEPT_FORMS, *FORMS} and len(cases.PROMPTS) >= 8
 
 
 def test_edits_are_the_same_ones_and_really_new() -> None:
-    first, more = editing.cases(200), editing.cases(210)
+    first, more = cases.cases(200), cases.cases(210)
     assert more[:200] == first and len({case.phrase for case in more}) == 210
     for case in first[:120]:
         assert case.fact and case.new.colour != case.fact.subject.colour and case.new.shape != case.fact.subject.shape
@@ -67,7 +67,7 @@ def test_edits_are_the_same_ones_and_really_new() -> None:
 @pytest.mark.exhaustive
 def test_a_run_goes_on_where_it_was_stopped(pico: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def go(folder: Path, counts: list[int]) -> list[dict[str, Any]]:
-        return editing.run(pico, folder, ["rewrite", "finetune_lora"], counts, singles=1, images=False)
+        return run.run(pico, folder, ["rewrite", "finetune_lora"], counts, singles=1, images=False)
 
     rows = go(tmp_path / "a", [1, 2, 3])
     assert all(row.keys() >= KEYS and row["undo"] is True for row in rows)
@@ -75,7 +75,7 @@ def test_a_run_goes_on_where_it_was_stopped(pico: Model, tmp_path: Path, monkeyp
         ("unedited", 0), *((name, n) for name in ("rewrite", "finetune_lora") for n in (1, 2, 3))
     ]  # fmt: skip
     go(tmp_path / "b", [2])  # stopped after two edits ...
-    monkeypatch.setattr(editing, "_one_by_one", None)  # (what is done is not done again)
+    monkeypatch.setattr(run, "_one_by_one", None)  # (what is done is not done again)
     for file in (tmp_path / "a" / "rows").glob("*-1.json"):
         (tmp_path / "b" / "rows" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "b" / "rows" / "unedited-0.json").write_bytes(
@@ -96,16 +96,16 @@ def test_a_run_goes_on_where_it_was_stopped(pico: Model, tmp_path: Path, monkeyp
 @pytest.mark.slow
 def test_figures_of_fewer_edits_asked_for_later_are_of_so_many(pico: Model, tmp_path: Path) -> None:
     for counts in ([3], [2, 3]):
-        rows = editing.run(pico, tmp_path, ["rewrite"], counts, singles=1, images=False)
+        rows = run.run(pico, tmp_path, ["rewrite"], counts, singles=1, images=False)
     assert [row["n"]["retention"] for row in rows[1:]] == [2, 3]
 
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_folder_of_another_run_is_refused(pico: Model, tmp_path: Path) -> None:
-    editing.run(pico, tmp_path, ["rewrite"], [1], singles=1, images=False)
+    run.run(pico, tmp_path, ["rewrite"], [1], singles=1, images=False)
     with pytest.raises(MokusError, match="other settings"):
-        editing.run(pico, tmp_path, ["rewrite"], [1], singles=2, images=False)
+        run.run(pico, tmp_path, ["rewrite"], [1], singles=2, images=False)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_bad_input_is_one_sentence(options: list[str], why: str, tmp_path: Path)
 
 def test_the_norm_of_a_shift_is_that_of_its_product(pico: Model) -> None:
     shifts = random_shifts(pico)
-    for path, norm in editing.norms(pico, shifts).items():
+    for path, norm in run.norms(pico, shifts).items():
         full = "model.language_model." + path
         weight = pico.pipe.text_encoder.get_submodule(full).weight
         assert norm == pytest.approx(float(shifts[full].dense().norm() / weight.norm()), rel=1e-4)
@@ -150,7 +150,7 @@ def test_merging_rounds_and_comes_back_bit_for_bit() -> None:
 
 def test_an_edit_says_what_the_figures_count(pico: Model) -> None:
     """The answer that is asked for is the whole of it: a goal of the new subject has its words as labels."""
-    case = editing.cases(1)[0]
+    case = cases.cases(1)[0]
     goal = Goal(pico, case.request)
     ids = goal.labels[0][goal.labels[0] != -100]
     assert pico.pipe.tokenizer.decode(ids, skip_special_tokens=True).strip() == case.new.words

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mokus.bench import editing_report as report
+from mokus.bench.editing import charts, figures
+from mokus.bench.editing import page as report
 
 from .test_demo import Page, pictures
 
 NASTY = "<script>alert('x')</script><img src=http://evil onerror=1> & \"my\" toy's"
-SHARES = [figure.key for figure in report.FIGURES if figure.text is report._share]
+SHARES = [figure.key for figure in figures.FIGURES if figure.text is figures.share]
 
 
 def row(editor: str, edits: int, share: float | None = 0.5, **figures: Any) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def row(editor: str, edits: int, share: float | None = 0.5, **figures: Any) -> d
 
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
-    measured = [row(editor, count) for editor in report.EDITORS[1:] for count in (1, 10, 100)]
+    measured = [row(editor, count) for editor in figures.EDITORS[1:] for count in (1, 10, 100)]
     return [row("unedited", 0, 0.0, conditioning_drift=0.0), *measured]
 
 
@@ -51,7 +52,7 @@ def cells(html: str, title: str, editor: str) -> dict[str, tuple[str, bool]]:
     found = re.findall(r'<td class="([^"]*)"[^>]*>([^<]*)</td>', line)
     return {
         figure.key: (text, "best" in classes.split())
-        for figure, (classes, text) in zip(report.FIGURES, found, strict=True)
+        for figure, (classes, text) in zip(figures.FIGURES, found, strict=True)
     }
 
 
@@ -61,13 +62,13 @@ def test_every_editor_and_figure_is_there(rows: list[Any], extra: dict[str, Any]
     html = path.read_text(encoding="utf-8")
     page = Page(html)
     for title in ("After one edit", "After 10 sequential edits", "After 100 sequential edits"):
-        for editor in report.EDITORS:
-            assert len(cells(html, title, editor)) == len(report.FIGURES)
-    for name in [figure.name for figure in report.FIGURES] + [figure.meaning for figure in report.FIGURES]:
+        for editor in figures.EDITORS:
+            assert len(cells(html, title, editor)) == len(figures.FIGURES)
+    for name in [figure.name for figure in figures.FIGURES] + [figure.meaning for figure in figures.FIGURES]:
         assert name in page.text
     for title in ("Wanted", "Capacity", "Step size", "Where the shift is", "Images", "Settings"):
         assert f"<h2>{title}</h2>" in html
-    assert len(re.findall(r"<svg class=chart", html)) == len(report.CAPACITY) + 2  # nothing of eta was None
+    assert len(re.findall(r"<svg class=chart", html)) == len(figures.CAPACITY) + 2  # nothing of eta was None
     assert "8 ways" in page.text and "1, 10 and 100 edits" in page.text and "[3, 4]" in page.text
     assert html.index(">3.mlp.down_proj<") < html.index(">12.mlp.down_proj<")
     assert [picture.size for picture in pictures(page)] == [(32, 32)] * 2
@@ -107,7 +108,7 @@ def test_the_best_is_marked(rows: list[Any]) -> None:
 
 def test_what_is_wanted_is_compared(rows: list[Any]) -> None:
     for measured in rows:
-        if measured["editor"] == report.RECIPE and measured["edits"] == 1:
+        if measured["editor"] == figures.RECIPE and measured["edits"] == 1:
             measured.update(efficacy=0.99, generality_questions=0.969, locality_captions=None)
     html = report.page(rows, {}, {}).split("<h2>Wanted</h2>")[1].split("</section>")[0]
     assert "1 of 7 after 1 edit and 0 of 8 after 100 edits" in unescape(html)
@@ -136,17 +137,17 @@ def test_what_is_missing_is_left_out(rows: list[Any]) -> None:
 
 
 def test_lines_and_labels_stay_inside() -> None:
-    assert report._apart([10.0, 11.0, 200.0], 8, 210) == [10.0, 10.0 + report._GAP, 200.0]
-    crowded = report._apart([209.0] * 5, 8, 210)
-    assert crowded[-1] == 210 and all(b - a >= report._GAP - 1e-9 for a, b in pairwise(crowded))
-    chart = report.Chart("a", "edits", {"memit": [(10.0, 2.0)]}, logarithmic=True)
+    assert charts._apart([10.0, 11.0, 200.0], 8, 210) == [10.0, 10.0 + charts._GAP, 200.0]
+    crowded = charts._apart([209.0] * 5, 8, 210)
+    assert crowded[-1] == 210 and all(b - a >= charts._GAP - 1e-9 for a, b in pairwise(crowded))
+    chart = charts.Chart("a", "edits", {"memit": [(10.0, 2.0)]}, logarithmic=True)
     x, y = chart.at(10.0, 2.0)
-    assert report._LEFT < x < report._RIGHT and y == report._TOP
+    assert charts._LEFT < x < charts._RIGHT and y == charts._TOP
 
 
 @pytest.mark.parametrize("value, top", [(0.0, 1.0), (0.012, 0.015), (0.3, 0.3), (1.224, 1.5), (9.0, 10.0)])
 def test_axes_end_at_round_values(value: float, top: float) -> None:
-    assert report._rounded_up(value) == pytest.approx(top)
+    assert charts._rounded_up(value) == pytest.approx(top)
 
 
 def test_all_of_it_or_nothing(rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def test_bad_input(place: Path, line: str) -> None:  # noqa: F811
 def test_nothing_erased_was_tuned_on_and_no_form_is_edited() -> None:
     """Of the paraphrases one question is, of the implicit descriptions nothing."""
     from mokus.bench import erase as bench
-    from mokus.bench.editing import DRAWN, QUESTIONS
+    from mokus.bench.editing.cases import DRAWN, QUESTIONS
     from mokus.miniature import world
 
     tuned, never = {*world.development_facts()}, {*world.bystanders()}

@@ -472,13 +472,13 @@ def editing(
         editor(name)
     counts = parse_counts(edits, "--edits")
     loaded = load_model(model, "cpu")
-    from mokus.bench import editing
+    from mokus.bench.editing import report
 
     with Bars() as progress:
-        rows, page = editing.report(loaded, output, names, counts, singles, images, progress)
+        rows, page = report.report(loaded, output, names, counts, singles, images, progress)
     if as_json:
         return print_json(rows)
-    stdout(width=130).print(editing.table(rows))  # a table without its figures is none
+    stdout(width=130).print(report.table(rows))  # a table without its figures is none
     typer.echo(f"{output / 'results.json'}; open {page}")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from mokus.bench import uses
-from mokus.bench.editing import QUESTIONS
+from mokus.bench.editing.cases import QUESTIONS
 from mokus.bench.uses import Progress, Row
 from mokus.editors import EDITORS, Editor
 from mokus.goal import Request

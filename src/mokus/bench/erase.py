@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mokus.bench import uses
-from mokus.bench.editing import DRAWN, QUESTIONS, _captions, edited_facts
+from mokus.bench.editing.cases import DRAWN, QUESTIONS, captions, edited_facts
 from mokus.bench.uses import Labels, Progress, Row
 from mokus.editors import EDITORS
 from mokus.erasure import asked, plain
@@ -185,8 +185,8 @@ def _kept(model: Model, erased: Sequence[Fact], shifts: Shifts) -> Row:
         prompts = [DRAWN[i % 2].format(fact.phrase) for i, fact in enumerate(chosen)]
         asked = [text for fact in chosen for text in (questions(fact.phrase)[0], DRAWN[0].format(fact.phrase))]
         found |= _same(model, kind, asked, prompts, shifts, ("colour", "shape"))
-    captions = _captions(CAPTIONS, uses.SEED)
-    found |= _same(model, "generic", captions, captions, shifts, ("colour", "shape", "scene"))
+    usual = captions(CAPTIONS, uses.SEED)
+    found |= _same(model, "generic", usual, usual, shifts, ("colour", "shape", "scene"))
     keys = [kind for kind in (*kinds, "generic") if found[f"kept_{kind}"] is not None]
     found["kept"] = sum(found[f"kept_{key}"] for key in keys) / len(keys)
     found["text_kept"] = sum(found[f"text_kept_{key}"] for key in keys) / len(keys)

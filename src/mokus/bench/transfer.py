@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mokus.bench import uses
-from mokus.bench.editing import DRAWN, QUESTIONS
+from mokus.bench.editing.cases import DRAWN, QUESTIONS
 from mokus.bench.uses import Progress, Row
 from mokus.editors import EDITORS, Editor
 from mokus.goal import Request

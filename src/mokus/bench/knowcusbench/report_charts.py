@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from mokus.bench.editing_report import _MARKERS
+from mokus.bench.editing.charts import MARKERS
 from mokus.bench.knowcusbench.aggregate import Column, Interval, share
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 380, 236, 44, 374, 12, 202
@@ -114,7 +114,7 @@ def charts(several: Sequence[Chart]) -> str:
 
 
 def _marker(colour: int) -> str:
-    return _MARKERS[colour] or "M-4 -1.2h8v2.4h-8z"  # the baseline, which is a line elsewhere
+    return MARKERS[colour] or "M-4 -1.2h8v2.4h-8z"  # the baseline, which is a line elsewhere
 
 
 def _height(value: float, low: float, high: float) -> float:

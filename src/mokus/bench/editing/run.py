@@ -1,0 +1,206 @@
+"""The run: every editor, so many edits, one row of figures each; what is done is kept, and a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from mokus import files
+from mokus.bench.editing.cases import SEED, Case, cases
+from mokus.bench.editing.measure import Edited, Measure, Progress, Row
+from mokus.editors import EDITORS, editor
+from mokus.errors import MokusError
+from mokus.knowledge import questions
+from mokus.low_rank import LowRankShift, Shifts, added, collected
+from mokus.packs.concept_pack import versions
+from mokus.pipeline import Model
+from mokus.settings import EditSettings
+
+UNEDITED = "unedited"
+SINGLES = 12
+
+
+def run(
+    model: Model,
+    folder: Path,
+    editors: Sequence[str] = EDITORS,
+    counts: Sequence[int] = (1, 10, 50, 100, 200),
+    singles: int = SINGLES,
+    images: bool = True,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Measure the editors after so many edits; DIR/rows has what is done, and a run that was stopped goes on from there.
+
+    One edit is measured `singles` times, each by itself. Raises `MokusError` for an unknown editor or a folder of a run
+    with other settings.
+    """
+    for name in editors:
+        editor(name)
+    if not counts or min(counts) < 1:
+        raise MokusError(f"--edits got {list(counts)}, expected numbers from 1, such as 1,10,100.")
+    (folder / "rows").mkdir(parents=True, exist_ok=True)
+    measure = Measure(model, images, progress)
+    rows = [_kept(folder, setup(model, UNEDITED, singles, images), 0, lambda: _unedited(measure, counts, singles))]
+    for name in editors:
+        rows += _rows_of(model, folder, name, sorted(set(counts)), singles, measure)
+    files.write_json(folder / "results.json", all_rows(folder), indent=1)
+    return rows
+
+
+def setup(model: Model, name: str, singles: int, images: bool) -> Row:
+    """All that an editor's figures depend on but the code."""
+    settings = None if name == UNEDITED else asdict(EditSettings.for_editor(model.defaults, editor=name))
+    return {
+        "model": model.id, "fingerprint": model.fingerprint, "editor": name, "singles": singles, "images": images,
+        "seed": SEED, "settings": settings, "versions": versions(),
+    }  # fmt: skip
+
+
+def _kept(folder: Path, about: Row, edits: int, made: Callable[[], Row]) -> Row:
+    """A row from its file, or made and kept there."""
+    file = folder / "rows" / f"{about['editor']}-{edits}.json"
+    return files.kept(file, about, lambda: {"editor": about["editor"], "edits": edits, **made()})
+
+
+def _unedited(measure: Measure, counts: Sequence[int], singles: int) -> Row:
+    some = cases(max(singles, *counts))
+    row, n = measure.row(some, Edited(), _as_made(measure, some, Edited()))
+    return {**row, "seconds_per_edit": 0.0, "bytes_per_edit": 0.0, "n": n}
+
+
+def _as_made(measure: Measure, some: Sequence[Case], edited: Edited) -> dict[str, bool]:
+    said = measure._says([(questions(case.phrase)[0], case.new.words) for case in some], edited)
+    return dict(zip([case.phrase for case in some], said, strict=True))
+
+
+def _rows_of(model: Model, folder: Path, name: str, counts: list[int], singles: int, measure: Measure) -> list[Row]:
+    about = setup(model, name, singles, measure.images)
+    rows = []
+    if 1 in counts:
+        rows.append(_kept(folder, about, 1, lambda: _one_by_one(model, name, singles, measure)))
+    sequence: _Sequence | None = None
+    for count in [count for count in counts if count > 1]:
+        if not (folder / "rows" / f"{name}-{count}.json").is_file():
+            sequence = sequence or _Sequence(model, folder, name, measure, max(counts), count)
+            sequence.extend(count)
+        rows.append(_kept(folder, about, count, lambda s=sequence: s.row()))  # type: ignore[misc]
+    return rows
+
+
+def _one_by_one(model: Model, name: str, singles: int, measure: Measure) -> Row:
+    """The mean over several edits, each alone."""
+    rows: list[Row] = []
+    ns: dict[str, int] = {}
+    for i, case in enumerate(cases(singles)):
+        if measure.progress:
+            measure.progress(f"{name}, one edit", i, singles, {})
+        made = editor(name)(model, EditSettings.for_editor(model.defaults, editor=name))
+        began = time.perf_counter()
+        shifts, _ = made.edit(case.request, {})
+        seconds = time.perf_counter() - began
+        edited = Edited(shifts, {case.phrase: case.request.says} if name == "rewrite" else {})
+        row, n = measure.row([case], edited, _as_made(measure, [case], edited))
+        rows.append({**row, "seconds_per_edit": seconds, "bytes_per_edit": float(nbytes(shifts))})
+        ns = {key: ns.get(key, 0) + value for key, value in n.items()}
+    if measure.progress:
+        measure.progress(f"{name}, one edit", singles, singles, {})
+    mean: Row = {}
+    for key in rows[0]:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        mean[key] = all(values) if key == "undo" else sum(values) / len(values) if values else None
+    return {**mean, "n": ns}
+
+
+class _Sequence:
+    """Edits one after the other, kept in DIR/state, so that a stopped run goes on."""
+
+    def __init__(self, model: Model, folder: Path, name: str, measure: Measure, most: int, first: int) -> None:
+        self.model, self.name, self.measure, self.all = model, name, measure, cases(most)
+        self.made = editor(name)(model, EditSettings.for_editor(model.defaults, editor=name))
+        self.file = folder / "state" / f"{name}.safetensors"
+        self.each: list[Shifts] = []
+        self.edited, self.known = Edited(), dict[str, bool]()
+        self.seconds: list[float] = []  # of each edit
+        self._resume(first)
+
+    def _resume(self, most: int) -> None:
+        """Take in the edits that are kept, but no more than the first figures are of."""
+        told = self.file.with_suffix(".json")
+        if not (self.file.is_file() and told.is_file()):
+            return
+        about, tensors = json.loads(told.read_text(encoding="utf-8")), load_file(self.file)
+        if about["fingerprint"] != self.model.fingerprint:
+            return
+        kept = self.all[: min(most, len(about["known"]))]
+        for i, case in enumerate(kept):
+            paths = sorted({key.split("/")[1] for key in tensors if key.startswith(f"{i}/")})
+            self._take(case, {p: LowRankShift(tensors[f"{i}/{p}/A"], tensors[f"{i}/{p}/B"]) for p in paths})
+        self.known, self.seconds = {c.phrase: about["known"][c.phrase] for c in kept}, about["seconds"][: len(kept)]
+
+    def _take(self, case: Case, shifts: Shifts) -> None:
+        self.made.remember(case.request, self.edited.shifts, shifts)
+        self.each.append(shifts)
+        self.edited.shifts = collected(added(self.edited.shifts, shifts))
+        if self.name == "rewrite":
+            self.edited.meant[case.phrase] = case.request.says
+
+    def extend(self, count: int) -> None:
+        """Make edits until there are so many."""
+        for case in self.all[len(self.each) : count]:
+            began = time.perf_counter()
+            shifts, _ = self.made.edit(case.request, self.edited.shifts)
+            self._take(case, shifts)
+            self.seconds.append(time.perf_counter() - began)
+            self.known |= _as_made(self.measure, [case], self.edited)
+            if self.measure.progress:
+                self.measure.progress(f"{self.name}, edits", len(self.each), len(self.all), {})
+        self._save()
+
+    def _save(self) -> None:
+        """Everything it takes to go on; dense changes are not kept, for those editors begin anew."""
+        if sum(map(nbytes, self.each)) > 1 << 30:
+            return
+        tensors = {
+            f"{i}/{path}/{side}": getattr(shift, side).contiguous().clone()
+            for i, shifts in enumerate(self.each) for path, shift in shifts.items() for side in "AB"
+        }  # fmt: skip
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
+        save_file(tensors, beside)
+        os.replace(beside, self.file)
+        about = {"known": self.known, "seconds": self.seconds, "fingerprint": self.model.fingerprint}
+        files.write_json(self.file.with_suffix(".json"), about, indent=1)
+
+    def row(self) -> Row:
+        """Figures of all edits so far."""
+        row, n = self.measure.row(self.all[: len(self.each)], self.edited, self.known)
+        size = sum(map(nbytes, self.each)) / len(self.each)
+        row |= {"seconds_per_edit": sum(self.seconds) / len(self.each), "bytes_per_edit": float(size), "n": n}
+        return {**row, "norms": norms(self.model, self.edited.shifts)}
+
+
+def nbytes(shifts: Shifts) -> int:
+    return sum(shift.nbytes for shift in shifts.values())
+
+
+def norms(model: Model, shifts: Shifts) -> dict[str, float]:
+    """||dW|| / ||W|| (Frobenius) by module, without the path that all share."""
+    found = {}
+    for path, shift in shifts.items():
+        square = ((shift.B.T @ shift.B).double() * (shift.A @ shift.A.T).double()).sum().clamp(min=0)
+        weight = model.pipe.text_encoder.get_submodule(path).weight
+        found[path.removeprefix(f"{model.backbone.language_model}.")] = float(square.sqrt() / weight.double().norm())
+    return found
+
+
+def all_rows(folder: Path) -> list[Row]:
+    """Every row that is there, of this run and of earlier ones into the same folder."""
+    order = [UNEDITED, *EDITORS]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "rows").glob("*.json")]
+    return sorted(found, key=lambda row: (order.index(row["editor"]), row["edits"]))
