@@ -64,6 +64,7 @@ def edited_facts() -> list[Fact]:
 
 
 def reported_facts() -> list[Fact]:
+    """The facts that are not for development."""
     return [fact for fact in world.facts() if fact not in world.development_facts()]
 
 
@@ -81,4 +82,5 @@ def captions(n: int, seed: int) -> list[str]:
 
 
 def resolved(words: str, scene: str) -> str:
+    """How the encoder continues an image prompt of a thing with these words in a scene."""
     return f"{words}, {scene}" if scene else words

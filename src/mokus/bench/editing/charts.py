@@ -21,7 +21,7 @@ from mokus.bench.editing.figures import (
 )
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 380, 236, 40, 284, 12, 210
-_GAP = 12.5  # between labels at the right  # between labels at the right
+_GAP = 12.5  # between labels at the right
 MARKERS = [  # around (0, 0), one per colour: what is told apart by colour is told apart by shape as well
     "",
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
@@ -54,9 +54,9 @@ class Chart:
         """Where a point is drawn; a single x is in the middle."""
         scale = math.log if self.logarithmic else float
         first, last = scale(self.ticks[0]), scale(self.ticks[-1])
-        share = (scale(x) - first) / (last - first) if last > first else 0.5
+        along = (scale(x) - first) / (last - first) if last > first else 0.5
         inner, right = _LEFT + 12, _RIGHT - 8
-        return inner + share * (right - inner), _BOTTOM - (_BOTTOM - _TOP) * min(max(y / self.top, 0.0), 1.0)
+        return inner + along * (right - inner), _BOTTOM - (_BOTTOM - _TOP) * min(max(y / self.top, 0.0), 1.0)
 
 
 def drawn_charts(charts: Iterable[Chart], editors: dict[str, int]) -> str:
@@ -145,6 +145,7 @@ def _legend(editors: dict[str, int]) -> str:
 
 
 def capacity(rows: list[Row], editors: dict[str, int]) -> str:
+    """The main figures over the number of edits."""
     counts = counts_of(rows)
     if counts == [0]:
         return ""
@@ -172,6 +173,7 @@ def _rounded_up(value: float) -> float:
 
 
 def step_size(extra: dict[str, Any], editors: dict[str, int]) -> str:
+    """Figures over the step size of an editor that has one."""
     points = extra.get("eta") or []
     etas = [point["eta"] for point in points]
     logarithmic = bool(etas) and min(etas) > 0 and max(etas) / min(etas) >= 8

@@ -16,6 +16,7 @@ COLOURS = 9  # .s0 to .s8 in the style sheet, with a marker each; .s0 is the bas
 
 
 def share(value: float) -> str:
+    """As a percentage."""
     return f"{value:.1%}"
 
 
@@ -127,10 +128,12 @@ def value_of(row: Row, key: str) -> float | None:
 
 
 def measured_of(rows: Iterable[Row], key: str) -> list[float]:
+    """A figure of all rows that have it."""
     return [value for row in rows if (value := value_of(row, key)) is not None]
 
 
 def name_of(editor: str) -> str:
+    """An editor's name (HTML); the default is marked."""
     return escape(editor) + " <small>default</small>" * (editor == RECIPE)
 
 

@@ -216,6 +216,7 @@ class Measure:
 
 
 def twice(phrase: str) -> list[str]:
+    """A phrase as a question and as an image prompt."""
     return [questions(phrase)[0], f"{phrase} in the forest"]
 
 

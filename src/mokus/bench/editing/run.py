@@ -186,6 +186,7 @@ class _Sequence:
 
 
 def nbytes(shifts: Shifts) -> int:
+    """Bytes of all factors."""
     return sum(shift.nbytes for shift in shifts.values())
 
 
