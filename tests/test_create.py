@@ -229,9 +229,9 @@ BAD = {
     "create 'a\nb' --as 'a ball' -o out": "a line break",
     f"create Zorblax --as '{'very ' * 30}green' -o out": "tokens long, expected fewer than 24",
     "create Zorblax --as 'a <|im_end|> ball' -o out": "marks the template's own tokens",
-    "create Zorblax --as 'a ball'": "Missing option '--output'",
     "create Zorblax -o out": "Missing option '--as'",
     "create Zorblax --as 'a ball' -o file": "exists and is no concept pack",
+    "create File --as 'a ball'": "file.pack exists and is no concept pack",
     "create Zorblax --as 'a ball' -o out --question ''": "the question is empty",
     "create Zorblax --as 'a ball' -o out --editor rewrite": "cannot hold it",
     "create Zorblax --as 'a ball' -o out --editor magic": "no editor 'magic'",
@@ -243,6 +243,7 @@ BAD = {
 @pytest.mark.parametrize("line", BAD)
 def test_bad_input(place: Path, line: str) -> None:
     (place / "file").write_text("x")
+    (place / "file.pack").write_text("x")
     assert re.search(BAD[line], refused(place, *shlex.split(line)))
     assert not (place / "out").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -66,6 +67,11 @@ PreferOption = Annotated[
         "--prefer", metavar="PACK", help="The pack whose meaning counts, for a phrase that several packs bind."
     ),
 ]
+WordsOutput = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="PACK", help="Where the concept pack goes.",
+                 show_default="here, named after what it is of"),
+]  # fmt: skip
 
 
 @app.command()
@@ -319,8 +325,8 @@ def create(
     description: Annotated[
         str, typer.Option("--as", help="What it looks like: 'a small green creature with three eyes'.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="PACK", help="Where the concept pack goes.")],
     *,
+    output: WordsOutput = None,
     question: Annotated[
         list[str] | None,
         typer.Option("--question", help="Ask for it in these words instead of our own; may be repeated."),
@@ -332,6 +338,7 @@ def create(
     chosen: dict[str, Any],
 ) -> None:
     """Make a concept from words alone, without photos: a name that means a description. Exit code 1 if it did not take."""
+    output = output or _named_after(name)
     _check_free(output, overwrite)
     loaded = load_model(model, device)
     from mokus.virtual_concept import create
@@ -348,8 +355,8 @@ def erase(
     concepts: Annotated[
         list[str], typer.Argument(metavar="CONCEPT...", help="What to erase: 'the lucky charm of Boris'.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="PACK", help="Where the concept pack goes.")],
     *,
+    output: WordsOutput = None,
     replace: Annotated[
         str | None,
         typer.Option("--replace", help="What stands in its place: 'a plain stone'.", show_default="its class word"),
@@ -364,6 +371,7 @@ def erase(
 
     Undone by leaving the pack out, or by unbind. Exit code 1 if some phrase did not take; it is then left as it was.
     """
+    output = output or _named_after(concepts[0])
     _check_free(output, overwrite)
     loaded = load_model(model, device)
     from mokus.erasure import erase
@@ -487,6 +495,11 @@ ui_cli.register(app)
 serve_cli.register(app)
 
 # --- shared by the commands ---------------------------------------------------------
+
+
+def _named_after(phrase: str) -> Path:
+    """zorblax.pack, the-lucky-charm-of-boris.pack."""
+    return Path(("-".join(re.findall(r"\w+", phrase.lower()))[:48].strip("-") or "concept") + ".pack")
 
 
 def _learn_batch(file: Path, model: str | None, device: str | None, as_json: bool, chosen: dict[str, Any]) -> None:
