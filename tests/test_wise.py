@@ -936,7 +936,8 @@ def test_offline_from_end_to_end_on_the_miniature(miniature: Model, tmp_path: Pa
     """A handful of entries, through another process's HTTP."""
     chosen = [e for e in miniature_suite.entries(development=True) if e.prompt_id in (1, 17, 50, 66)]
     suite = Entries("some", "legacy", "sha", tuple(chosen))
-    editing = EditSettings.for_editor(miniature.defaults, steps=10)
+    # with what protects other facts, which the model of the tests goes without elsewhere
+    editing = EditSettings.for_editor(miniature.defaults, steps=10, near_weight=1.0)
     plan = make_plan(miniature, suite, knowledge.made(miniature, suite.entries, "templates", tmp_path), editing=editing)
     write_plan(miniature, plan, tmp_path, "mokus bench wise run")
     assert Runner(miniature, plan, tmp_path).run() == []
