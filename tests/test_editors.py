@@ -455,7 +455,8 @@ def test_the_square_of_b_is_the_drift(pico: Model, rests: list[Tensor]) -> None:
     """What dW changes elsewhere, and dW itself, as a share of the outputs' energy over the corpus (the median matrix's)."""
     one = made("least_drift", pico, layers=[0, 1, 2])
     known = moments(pico, one.paths, corpus_of(pico, one.settings))
-    bases = one._bases(Goal(pico, REQUEST), REQUEST, {})
+    bases, pulls = one._bases(Goal(pico, REQUEST), REQUEST, {})
+    assert not pulls  # before any edit
     energies = []
     for path in one.paths:
         weight = pico.pipe.text_encoder.get_submodule(path).weight.double()
@@ -465,6 +466,30 @@ def test_the_square_of_b_is_the_drift(pico: Model, rests: list[Tensor]) -> None:
         b = normal(192, len(a), seed=len(a))
         assert abs(drift(exact(LowRankShift(a, b)), metric(rest)) / energy / float(b.square().sum()) - 1) < 1e-3
         assert torch.linalg.eigvalsh(rest - known[path].gram).min() > -1e-6 * torch.linalg.eigvalsh(rest).max()
+
+
+def test_the_drift_of_a_later_edit_is_what_it_adds_to_that_of_all(pico: Model, rests: list[Tensor]) -> None:
+    """||B||^2 + 2 <B, P> is, at what shall stay as it was, the drift of D + B A less that of D, and at the rest that of B A."""
+    one = made("least_drift", pico, layers=[1, 2])
+    earlier = {path: LowRankShift(normal(3, 512, seed=1), normal(192, 3, seed=2)) for path in one.paths}
+    one.remember(OTHER, {}, earlier)
+    bases, pulls = one._bases(Goal(pico, REQUEST), REQUEST, earlier)
+    for (path, a), rest in zip(bases.items(), rests, strict=True):
+        b, before = normal(192, len(a), seed=3).double(), exact(earlier[path])
+        dw, stays = b @ a.double(), rest - least_drift.EARLIER * one.earlier[path]
+        added = drift(before + dw, stays) - drift(before, stays) + drift(dw, metric(rest) - stays)
+        found = one.scale**2 * float(b.square().sum() + 2 * (b * pulls[path]).sum())
+        assert abs(found / added - 1) < 1e-3
+
+
+def test_an_edit_makes_up_for_what_earlier_ones_did_elsewhere(pico: Model, rests: list[Tensor]) -> None:
+    """Were nothing wanted of it but to drift little, all edits together would drift less after it."""
+    one = made("least_drift", pico, layers=[1], answer_weight=0.0, alignment_weight=0.0, near_weight=0.0, drift_weight=1.0)
+    path = one.paths[0]
+    earlier = {path: LowRankShift(normal(3, 512, seed=1), 0.01 * normal(192, 3, seed=2))}
+    shifts, _ = one.edit(REQUEST, earlier)
+    after = exact(earlier[path]) + exact(shifts[path])
+    assert drift(after, metric(rests[0])) < 0.99 * drift(exact(earlier[path]), metric(rests[0]))
 
 
 def test_all_that_shall_stay_counts_as_elsewhere(pico: Model, rests: list[Tensor]) -> None:

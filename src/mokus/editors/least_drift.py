@@ -12,6 +12,9 @@ at the edited rows: the shifts of least drift for given outputs at H all have th
 regression, arXiv 2505.14679, seen from the other side). So rank <= n, drift = ||B||^2, and plain quadratic optimisation is
 right: a step along the gradient in B is UltraEdit's step with C for I.
 
+What is already edited drifts, too: with D the sum of the earlier edits, that of D + B A is ||B||^2 + 2 <B, P> and a constant,
+P = D C A^T. So an edit makes up for what earlier ones did elsewhere as far as it can in its own directions.
+
 What enters a deeper matrix depends on the edits below it. So H are the inputs with earlier edits in place, and the rows of an
 earlier edit those with its own shifts, too: rows of the unedited encoder would protect what no longer arrives (docs/log.md).
 
@@ -89,7 +92,7 @@ class Editor:
         """See `mokus.editors.Editor`."""
         before = collected(before)
         goal = goal_of(self.model, request, self._meaning(request.says, FORMS))
-        search = _Search(self, goal, before, self._bases(goal, request, before))
+        search = _Search(self, goal, before, *self._bases(goal, request, before))
         watched = self.watch.around(request) if self.settings.near_weight and self.settings.rivals else None
         for i, share in enumerate(ROUNDS):
             if i and watched:
@@ -108,17 +111,20 @@ class Editor:
             self.earlier[path] += _gram(rows[path]) + _gram(more[path])
         self.watch.hold(request, after)
 
-    def _bases(self, goal: Goal, request: Request, before: Shifts) -> dict[str, Tensor]:
-        """A (r, d_in) of every module, scaled such that ||B||^2 is its drift."""
+    def _bases(self, goal: Goal, request: Request, before: Shifts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A (r, d_in) of every module, scaled such that ||B||^2 is its drift, and P (d_out, r) of those edited before."""
         h = goal.inputs(self.paths, goal.where, before)
         own = [*prompts(request.says), *prompts(request.says, CHECK_FORMS), *questions(request.answer)]
         near = inputs_after_prefix(self.model, [*own, *self._near_rows(request)], self.paths)
         of_class = self._of_class(class_word(request.answer))
-        bases = {}
+        bases, pulls = {}, {}
         for path in self.paths:
-            rest = self.grams[path] + of_class[path] + _gram(near[path]) + EARLIER * self.earlier[path]
-            bases[path] = _basis(h[path], rest) * self.scale
-        return bases
+            rest = self.grams[path] + of_class[path] + _gram(near[path])
+            a = bases[path] = _basis(h[path], rest + EARLIER * self.earlier[path]) * self.scale
+            if path in before:
+                made = before[path]
+                pulls[path] = (made.B.double() @ (made.A.double() @ rest @ a.double().T)).float() / self.scale**2
+        return bases, pulls
 
     def _class_rows(self, word: str) -> dict[str, Tensor]:
         """Gram matrices of prompts about the class word, which is where a concept leaks to."""
@@ -137,14 +143,11 @@ class Editor:
 class _Search:
     """L-BFGS on the factors B of one edit."""
 
-    def __init__(self, editor: Editor, goal: Goal, before: Shifts, bases: dict[str, Tensor]) -> None:
-        self.model, self.settings, self.goal, self.before, self.bases = (
-            editor.model,
-            editor.settings,
-            goal,
-            before,
-            bases,
-        )
+    def __init__(
+        self, editor: Editor, goal: Goal, before: Shifts, bases: dict[str, Tensor], pulls: dict[str, Tensor]
+    ) -> None:
+        self.model, self.settings = editor.model, editor.settings
+        self.goal, self.before, self.bases, self.pulls = goal, before, bases, pulls
         encoder = self.model.pipe.text_encoder
         self.factors = {
             path: torch.zeros(encoder.get_submodule(path).out_features, len(a), device=a.device, requires_grad=True)
@@ -197,11 +200,18 @@ class _Search:
                 there = last_of(states.told[-n:], self.entering.rows.lengths[-n:], goal.tail)
                 away = distance(there, self.wanted) / goal.start.mean()
                 loss = loss + s.near_weight * _hinge(away - FREE, 2 * SHARP).mean()
-            loss = loss + s.drift_weight * torch.stack([b.square().sum() for b in self.factors.values()]).sum()
+            loss = loss + s.drift_weight * self._drift()
         grads = torch.autograd.grad(loss, list(self.factors.values()))
         for factor, grad in zip(self.factors.values(), grads, strict=True):
             factor.grad = grad
         return loss.item()
+
+
+    def _drift(self) -> Tensor:
+        """That of all edits together, less that of the earlier ones."""
+        own = [b.square().sum() for b in self.factors.values()]
+        shared = [2 * (self.factors[path] * pull).sum() for path, pull in self.pulls.items()]
+        return torch.stack([*own, *shared]).sum()
 
 
 def _hinge(x: Tensor, sharp: float = SHARP) -> Tensor:
