@@ -484,7 +484,9 @@ def test_the_drift_of_a_later_edit_is_what_it_adds_to_that_of_all(pico: Model, r
 
 def test_an_edit_makes_up_for_what_earlier_ones_did_elsewhere(pico: Model, rests: list[Tensor]) -> None:
     """Were nothing wanted of it but to drift little, all edits together would drift less after it."""
-    one = made("least_drift", pico, layers=[1], answer_weight=0.0, alignment_weight=0.0, near_weight=0.0, drift_weight=1.0)
+    one = made(
+        "least_drift", pico, layers=[1], answer_weight=0.0, alignment_weight=0.0, near_weight=0.0, drift_weight=1.0
+    )
     path = one.paths[0]
     earlier = {path: LowRankShift(normal(3, 512, seed=1), 0.01 * normal(192, 3, seed=2))}
     shifts, _ = one.edit(REQUEST, earlier)

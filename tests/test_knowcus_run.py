@@ -27,7 +27,7 @@ from mokus.bench.knowcusbench.ablate import SWEEPS, first_alone, many
 from mokus.bench.knowcusbench.manifest import Suite, load_suite
 from mokus.bench.knowcusbench.methods import METHODS, about, method
 from mokus.bench.knowcusbench.plan import Plan, asked, class_prompt, image_file, make_plan
-from mokus.bench.knowcusbench.run import Runner, Shard
+from mokus.bench.knowcusbench.run import Runner, Shard, estimate
 from mokus.cli import app
 from mokus.editors import EDITORS
 from mokus.errors import MokusError
@@ -349,6 +349,21 @@ def test_knowledge_sweep_begins_with_ones_own_and_shares_packs_with_mokus(
     usual = plan_of(model, suite, album, ("mokus",), (0,))
     own = {i.pack for i in usual.items if i.concept == "robot"}
     assert own == {i.pack for i in swept.items if i.concept == "robot" and i.method == "mokus@knowledge=2"}
+
+
+def test_the_estimate_counts_a_piece_once_where_packs_go_on_from_each_other(
+    model: Model, suite: Suite, album: Path, tmp_path: Path
+) -> None:
+    settings = {name: EditSettings.for_editor(model.defaults, editor=name) for name in EDITORS}
+    plan = make_plan(
+        model, first_alone(suite), SWEEPS["knowledge"](suite, settings).methods, [0], {"album": album}, ["robot"]
+    )
+    assert estimate(model, plan, tmp_path, 4).bound == 3
+    (tmp_path / "packs" / next(i.pack for i in plan.items if i.method == "mokus@knowledge=2")).mkdir(parents=True)
+    assert estimate(model, plan, tmp_path, 4).bound == 2  # the first, were it wanted alone, and the third
+    last = make_plan(model, first_alone(suite), {"last": SWEEPS["knowledge"](suite, settings).methods["mokus@knowledge=3"]},
+                     [0], {"album": album}, ["robot"])  # fmt: skip
+    assert estimate(model, last, tmp_path, 4).bound == 1 and estimate(model, last, tmp_path / "new", 4).bound == 3
 
 
 @pytest.mark.slow

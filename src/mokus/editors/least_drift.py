@@ -206,7 +206,6 @@ class _Search:
             factor.grad = grad
         return loss.item()
 
-
     def _drift(self) -> Tensor:
         """That of all edits together, less that of the earlier ones."""
         own = [b.square().sum() for b in self.factors.values()]

@@ -70,6 +70,10 @@ class Plan:
             return looks[:32]
         return digest(looks, recipe.edit, recipe.knowledge, recipe.keep_all)[:32]
 
+    def shorter(self, concept: str, recipe: Recipe) -> dict[int, str]:
+        """What packs of the same recipe with less of its knowledge are kept under, by how much."""
+        return {n: self.key_of(concept, recipe.first(n)) for n in range(1, len(recipe.knowledge))}
+
     def images(self) -> dict[str, Item]:
         """One item for every distinct image, by key."""
         found: dict[str, Item] = {}

@@ -135,8 +135,7 @@ class Runner:
         pack = self.shelf.learned(looks, recipe.bare, self.plan.photos[concept])
         if recipe.edit is None:
             return pack
-        shorter = {n: self.plan.key_of(concept, recipe.first(n)) for n in range(1, len(recipe.knowledge))}
-        return self.shelf.bound(key, recipe, looks, shorter)
+        return self.shelf.bound(key, recipe, looks, self.plan.shorter(concept, recipe))
 
     def _draw(self, batches: Sequence[_Batch], pack: ConceptPack | None) -> None:
         """Draw and write batches of one looks."""
@@ -280,8 +279,8 @@ def estimate(model: Model, plan: Plan, folder: Path, batch_size: int) -> Estimat
     packs = {item.pack: item.concept for item in missing if item.pack}
     looks = {plan.key_of(concept, plan.recipes[key].bare) for key, concept in packs.items()}
     learned = [key for key in looks if not (folder / "packs" / key).is_dir()]
-    bound = [key for key in packs if plan.recipes[key].edit and not (folder / "packs" / key).is_dir()]
-    pieces = sum(len(plan.recipes[key].knowledge) for key in bound)
+    made = {each.name for each in (folder / "packs").glob("*")}
+    pieces = sum(_pieces(plan, key, concept, {*made, *packs}) for key, concept in packs.items() if key not in made)
     if not missing:
         return Estimate(0, 0, 0, 0.0, 0)
     drawing, encoding = _probe(model, plan, [item.drawn for item in missing], batch_size)
@@ -294,6 +293,14 @@ def estimate(model: Model, plan: Plan, folder: Path, batch_size: int) -> Estimat
     return Estimate(
         len(missing), len(learned), pieces, seconds, round(len(missing) * image + len(packs) * _lora_bytes(model, s))
     )
+
+
+def _pieces(plan: Plan, key: str, concept: str, there: set[str]) -> int:
+    """How many pieces are bound for this pack, which goes on from the longest that is there or made with it."""
+    recipe = plan.recipes[key]
+    if not recipe.edit:
+        return 0
+    return len(recipe.knowledge) - max((n for n, k in plan.shorter(concept, recipe).items() if k in there), default=0)
 
 
 EDIT_PASSES = 20 * 20 * 3  # evaluations of an edit, prompts in each, forward and backward
