@@ -12,8 +12,8 @@ at the edited rows: the shifts of least drift for given outputs at H all have th
 regression, arXiv 2505.14679, seen from the other side). So rank <= n, drift = ||B||^2, and plain quadratic optimisation is
 right: a step along the gradient in B is UltraEdit's step with C for I.
 
-The earlier edits, whose sum is D, have drifted, too: that of D + B A is ||B||^2 + 2 <B, P> and a constant, P = D S^T S A^T over the
-rows S that belong where the unedited encoder has them. So an edit makes up for what was done elsewhere, as far as A reaches.
+The earlier edits, whose sum is D, have drifted, too: that of D + B A is ||B||^2 + 2 <B, P> and a constant, P = D S^T S A^T over
+the rows S that belong where the unedited encoder has them. So an edit makes up for what was done elsewhere, as far as A reaches.
 
 What enters a deeper matrix depends on the edits below it. So H are the inputs with earlier edits in place, and the rows of an
 earlier edit those with its own shifts, too: rows of the unedited encoder would protect what no longer arrives (docs/log.md).
