@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mokus import covariance
+from mokus import covariance, encoder
 from mokus.covariance import Corpus, Moments, corpus_of, moments
-from mokus.encoder import inputs_after_prefix, inputs_at_prefix, tail_length
+from mokus.encoder import CONTINUED, inputs_at_prefix, inputs_of
 from mokus.errors import MokusError
 from mokus.pipeline import Model
 from mokus.settings import EditSettings
@@ -29,7 +29,7 @@ CORPUS = Corpus(
     [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("ball", "ring", "cube in the snow")],
     ["my old lamp", "the one that sings at night", "the toy of Anna", "his book by the sea", "it"],
 )
-CHUNKS = 3 + 2 + 1  # of four prompts each, and the template's prefix
+CHUNKS = 3 + 5 + 1  # of up to four prompts of one length each, and the template's prefix
 
 Stopped = type("Stopped", (Exception,), {})
 
@@ -38,7 +38,7 @@ Stopped = type("Stopped", (Exception,), {})
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, four prompts at a time, saved after each four; nothing half-written is ever left in it."""
     monkeypatch.setenv("MOKUS_CACHE", str(tmp_path))
-    monkeypatch.setattr(covariance, "CHUNK", 4)
+    monkeypatch.setattr(encoder, "CHUNK", 4)
     monkeypatch.setattr(covariance, "SAVE_EVERY", -1.0)
     yield tmp_path / "statistics"
     assert not list(tmp_path.rglob("*.tmp"))
@@ -49,13 +49,16 @@ def undisturbed(pico: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """What is gathered in one go."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOKUS_CACHE", str(tmp_path_factory.mktemp("undisturbed")))
-        patch.setattr(covariance, "CHUNK", 4)
+        patch.setattr(encoder, "CHUNK", 4)
         return moments(pico, PATHS, CORPUS)
 
 
 def equal(a: dict[str, Moments], b: dict[str, Moments]) -> bool:
     """To the last bit."""
-    return list(a) == list(b) and all(torch.equal(a[p].gram, b[p].gram) and a[p].rows == b[p].rows for p in a)
+    return list(a) == list(b) and all(
+        torch.equal(a[p].gram, b[p].gram) and torch.equal(a[p].behind, b[p].behind) and a[p].rows == b[p].rows
+        for p in a
+    )
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -70,50 +73,51 @@ def stored(model: Model, path: str, corpus: Corpus = CORPUS) -> Path:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of the chunks that are encoded from now on."""
     found: list[int] = []
-    inputs = covariance._inputs
+    gathered = covariance._moments
 
-    def counted(model: Model, chunks: Any, i: int, paths: list[str]) -> dict[str, Tensor]:
+    def counted(model: Model, chunks: Any, i: int, paths: list[str]) -> dict[str, Moments]:
         found.append(i)
-        return inputs(model, chunks, i, paths)
+        return gathered(model, chunks, i, paths)
 
-    monkeypatch.setattr(covariance, "_inputs", counted)
+    monkeypatch.setattr(covariance, "_moments", counted)
     return found
 
 
 # --- what they are of --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("chunk", "tolerance"), [(64, 1e-9), (4, 1e-5), (1, 1e-5)])
+def square(*rows: Tensor) -> Tensor:
+    x = torch.cat(rows).double()
+    return x.T @ x
+
+
+@pytest.mark.parametrize(("chunk", "tolerance"), [(64, 1e-5), (4, 1e-5), (1, 1e-5)])
 def test_the_gram_matrix_is_that_of_all_inputs_at_once(
     pico: Model, monkeypatch: pytest.MonkeyPatch, chunk: int, tolerance: float
 ) -> None:
-    """All tokens of some prompts, the tails of others, the template's prefix once; padding changes float32's rounding."""
-    monkeypatch.setattr(covariance, "CHUNK", chunk)
+    """All tokens of some prompts, the tails of others, the template's prefix once; and what the encoder says by itself."""
+    monkeypatch.setattr(encoder, "CHUNK", chunk)
     found = moments(pico, PATHS, CORPUS)
-    parts = [
-        inputs_after_prefix(pico, CORPUS.whole, PATHS),
-        inputs_after_prefix(pico, CORPUS.tails, PATHS, tail_length(pico)),
-        inputs_at_prefix(pico, PATHS),
-    ]
+    whole, tails = inputs_of(pico, CORPUS.whole, PATHS, said=CONTINUED), inputs_of(pico, CORPUS.tails, PATHS)
+    prefix = inputs_at_prefix(pico, PATHS)
     for path in PATHS:
-        rows = torch.cat([part[path] for part in parts]).double()
-        assert found[path].gram.dtype == torch.float64 and found[path].rows == len(rows)
-        assert close(found[path].gram, rows.T @ rows, tolerance)
+        rows = whole.whole[path], tails.tail[path], prefix[path]
+        assert found[path].gram.dtype == torch.float64 and found[path].rows == sum(map(len, rows))
+        assert close(found[path].gram, square(*rows), tolerance)
+        assert len(whole.said[path]) > 0 and close(found[path].behind, square(whole.behind[path]), tolerance)
 
 
 @pytest.mark.parametrize("corpus", [Corpus([], []), Corpus(["it"], []), Corpus([], ["it"])])
 def test_a_corpus_without_whole_prompts_or_without_tails(pico: Model, corpus: Corpus) -> None:
-    rows = [
-        inputs_after_prefix(pico, corpus.whole, [DOWN])[DOWN],
-        inputs_after_prefix(pico, corpus.tails, [DOWN], tail_length(pico))[DOWN],
-        inputs_at_prefix(pico, [DOWN])[DOWN],
-    ]
+    whole, tails = inputs_of(pico, corpus.whole, [DOWN], said=CONTINUED), inputs_of(pico, corpus.tails, [DOWN])
+    rows = whole.whole[DOWN], tails.tail[DOWN], inputs_at_prefix(pico, [DOWN])[DOWN]
     found = moments(pico, [DOWN], corpus)[DOWN]
     assert found.rows == sum(map(len, rows))
-    assert close(found.gram, sum(x.double().T @ x.double() for x in rows), 1e-9)
+    assert close(found.gram, square(*rows), 1e-9)
+    assert close(found.behind, square(whole.behind[DOWN]), 1e-9) if corpus.whole else not found.behind.any()
 
 
-@pytest.mark.parametrize(("memory", "passes"), [(0, 3), (700_000, 2), (5 << 20, 1)])
+@pytest.mark.parametrize(("memory", "passes"), [(0, 3), (1_400_000, 2), (6 << 20, 1)])
 def test_little_memory_makes_more_passes_and_the_same_moments(
     pico: Model,
     monkeypatch: pytest.MonkeyPatch,
@@ -127,13 +131,13 @@ def test_little_memory_makes_more_passes_and_the_same_moments(
     assert encoded == list(range(CHUNKS)) * passes
 
 
-@pytest.mark.parametrize("memory", [1 << 20, 5 << 19])
+@pytest.mark.parametrize("memory", [2 << 20, 5 << 20])
 def test_no_pass_takes_more_memory_than_allowed(pico: Model, monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
     """But for a single matrix that does; and two are together if they fit."""
     monkeypatch.setattr(covariance, "MEMORY", memory)
 
     def size(group: list[str]) -> int:
-        return sum(8 * pico.pipe.text_encoder.get_submodule(path).in_features ** 2 for path in group)
+        return sum(2 * 8 * pico.pipe.text_encoder.get_submodule(path).in_features ** 2 for path in group)
 
     for paths in (PATHS, PATHS[::-1]):
         groups = list(covariance._passes(pico, paths))
@@ -172,7 +176,7 @@ def test_a_second_call_reads_what_the_first_wrote(
     def refuse(*_: Any) -> Any:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(covariance, "inputs_in_chunks", refuse)
+    monkeypatch.setattr(covariance, "inputs_of", refuse)
     monkeypatch.setattr(covariance, "inputs_at_prefix", refuse)
     assert equal(moments(pico, PATHS, CORPUS, refuse), undisturbed)
     for path in PATHS:
@@ -192,13 +196,13 @@ def test_only_the_modules_that_are_missing_are_gathered(
 ) -> None:
     moments(pico, [UP], CORPUS)
     asked: list[str] = []
-    inputs = covariance._inputs
+    gathered = covariance._moments
 
-    def noted(model: Model, chunks: Any, i: int, paths: list[str]) -> dict[str, Tensor]:
+    def noted(model: Model, chunks: Any, i: int, paths: list[str]) -> dict[str, Moments]:
         asked.extend(paths)
-        return inputs(model, chunks, i, paths)
+        return gathered(model, chunks, i, paths)
 
-    monkeypatch.setattr(covariance, "_inputs", noted)
+    monkeypatch.setattr(covariance, "_moments", noted)
     assert equal(moments(pico, PATHS, CORPUS), undisturbed)
     assert encoded == 2 * list(range(CHUNKS)) and set(asked) == {DOWN, Q}
 
@@ -299,11 +303,21 @@ def _text(file: Path) -> None:
 
 
 def _without_metadata(file: Path) -> None:
-    save_file({"gram": _gram(file)}, file)
+    save_file(_grams(file), file)
 
 
 def _another_tensor(file: Path) -> None:
-    save_file({"matrix": _gram(file)}, file)
+    save_file({"matrix": _grams(file)["gram"]}, file)
+
+
+def _one_tensor(file: Path) -> None:
+    save_file({"gram": _grams(file)["gram"]}, file)
+
+
+def _exchanged(file: Path) -> None:
+    grams = _grams(file)
+    with safe_open(file, "pt") as opened:
+        save_file({"gram": grams["behind"], "behind": grams["gram"]}, file, opened.metadata())
 
 
 def _rows_are_no_number(file: Path) -> None:
@@ -319,27 +333,30 @@ def _another_model(file: Path) -> None:
 
 
 def _nan(file: Path) -> None:
-    gram = _gram(file)
-    gram[0, 0] = torch.nan
-    _say(file, gram, sha256=covariance._sha256(gram))
-
-
-def _gram(file: Path) -> Tensor:
-    with safe_open(file, "pt") as opened:
-        return opened.get_tensor("gram").clone()
-
-
-def _say(file: Path, gram: Tensor | None = None, **other: str) -> None:
+    grams = _grams(file)
+    grams["behind"][0, 0] = torch.nan
     with safe_open(file, "pt") as opened:
         said = opened.metadata()
-    save_file({"gram": _gram(file) if gram is None else gram}, file, {**said, **other})
+    sha256 = covariance._sha256(grams["gram"], grams["behind"], said["rows"], said["chunks"])
+    save_file(grams, file, {**said, "sha256": sha256})
+
+
+def _grams(file: Path) -> dict[str, Tensor]:
+    with safe_open(file, "pt") as opened:
+        return {name: opened.get_tensor(name).clone() for name in ("gram", "behind")}
+
+
+def _say(file: Path, **other: str) -> None:
+    with safe_open(file, "pt") as opened:
+        said = opened.metadata()
+    save_file(_grams(file), file, {**said, **other})
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        _flipped, _cut, _header_cut, _empty, _text, _without_metadata, _another_tensor, _rows_are_no_number,
-        _another_format, _another_model, _nan,
+        _flipped, _cut, _header_cut, _empty, _text, _without_metadata, _another_tensor, _one_tensor,
+        _exchanged, _rows_are_no_number, _another_format, _another_model, _nan,
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_found_out_and_gathered_anew(

@@ -19,7 +19,7 @@ from mokus.editors.least_drift import _basis
 from mokus.editors.rewrite import rewritten
 from mokus.editors.ultraedit import Normaliser, dual
 from mokus.editors.watch import KEPT_FORMS
-from mokus.encoder import distance, inputs_after_prefix, tails
+from mokus.encoder import Rows, distance, inputs_of, tails
 from mokus.errors import MokusError
 from mokus.goal import Goal, Losses, Request
 from mokus.knowledge import questions
@@ -494,14 +494,21 @@ def test_an_edit_makes_up_for_what_earlier_ones_did_elsewhere(pico: Model, rests
     assert drift(after, metric(rests[0])) < 0.99 * drift(exact(earlier[path]), metric(rests[0]))
 
 
+def answered(model: Model, texts: list[str], answer: str, path: str) -> Tensor:
+    """Inputs (m, d_in) at the tails of prompts and at the answer behind each."""
+    ids = model.tokenizer(answer, add_special_tokens=False).input_ids
+    rows = Rows.of(model, texts, ids)
+    return rows.inputs(model, [path], rows.last([5 + len(ids)] * len(texts)))[path]
+
+
 def test_all_that_shall_stay_counts_as_elsewhere(pico: Model, rests: list[Tensor]) -> None:
     """Besides the corpus the class word, near misses, the answer's own prompts, and earlier edits, the most."""
     one, goal = made("least_drift", pico, layers=[1]), Goal(pico, REQUEST)
     path = one.paths[0]
 
-    def holds(rest: Tensor, texts: list[str], weight: float = 1.0, last: int | None = None) -> bool:
+    def holds(rest: Tensor, texts: list[str], weight: float = 1.0, answer: str = "") -> bool:
         """The inputs of all these prompts are among the rows: R^T R less theirs is positive semidefinite."""
-        x = inputs_after_prefix(pico, texts, [path], last)[path].double()
+        x = (answered(pico, texts, answer, path) if answer else inputs_of(pico, texts, [path]).whole[path]).double()
         return bool(torch.linalg.eigvalsh(rest - 0.99 * weight * x.T @ x).min() > -1e-6 * rest.norm())
 
     one._bases(goal, REQUEST, {})
@@ -512,7 +519,8 @@ def test_all_that_shall_stay_counts_as_elsewhere(pico: Model, rests: list[Tensor
     for texts in (prior_prompts("toy", SETTINGS.preserve, seed=1), near, ["a photo of sks toy", "What is sks toy?"]):
         assert holds(before, texts) and holds(after, texts)
     earlier = [f"a photo of {OTHER.knowledge}", f"two friends and {OTHER.knowledge} in a park"]
-    assert holds(after - before, earlier, least_drift.EARLIER, last=5) and not holds(before, earlier, last=5)
+    assert holds(after - before, earlier, least_drift.EARLIER, OTHER.answer)
+    assert not holds(before, earlier, answer=OTHER.answer)
 
 
 def test_an_earlier_edit_is_protected_as_it_is_with_its_shifts_in_place(pico: Model) -> None:
@@ -525,7 +533,7 @@ def test_an_earlier_edit_is_protected_as_it_is_with_its_shifts_in_place(pico: Mo
     def held(*shifts: Shifts) -> bool:
         texts = [f"two friends and {OTHER.knowledge} in a park"]
         with applied(pico.pipe.text_encoder, *shifts):
-            x = inputs_after_prefix(pico, texts, [second], last=5)[second].double()
+            x = answered(pico, texts, OTHER.answer, second).double()
         rest = one.earlier[second]
         return bool(torch.linalg.eigvalsh(rest - 0.99 * x.T @ x).min() > -1e-6 * rest.norm())
 

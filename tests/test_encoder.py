@@ -13,15 +13,16 @@ from mokus.encoder import (
     Lines,
     Rows,
     answers,
-    inputs_after_prefix,
+    inputs_of,
     last_of,
     module_paths,
     prefix_length,
+    tail_length,
     tails,
     token_ids,
 )
 from mokus.errors import MokusError
-from mokus.low_rank import LowRankShift, Shifts, applied
+from mokus.low_rank import LowRankShift, Shifts, added, applied
 from mokus.pipeline import Model
 from mokus.settings import EditSettings
 from tests.conftest import random_shifts
@@ -139,24 +140,46 @@ def test_the_last_tokens_of_rows_of_many_lengths(pico: Model) -> None:
 # --- inputs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("last", [None, 2])
-def test_inputs_are_those_of_each_prompt_by_itself(
-    pico: Model, monkeypatch: pytest.MonkeyPatch, last: int | None
-) -> None:
-    """All tokens after the prefix, or the last so many: the same rows however many prompts are run at a time."""
-    each = [
-        inputs_after_prefix(pico, [text], PATHS, last) for text in sorted(TEXTS, key=lambda t: len(token_ids(pico, t)))
-    ]
-    watched: list[int] = []
-    for chunk in (3, 64):
+def test_inputs_are_those_of_each_prompt_by_itself(pico: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shortest first, and the same rows however many prompts are run at a time; a prompt that is there twice counts twice."""
+    each = [inputs_of(pico, [text], PATHS) for text in sorted(TEXTS, key=lambda t: len(token_ids(pico, t)))]
+    n, tail = sum(len(token_ids(pico, text)) - prefix_length(pico) for text in TEXTS), encoder.tail_length(pico)
+    for chunk in (1, 3, 64):
         monkeypatch.setattr(encoder, "CHUNK", chunk)
-        found = inputs_after_prefix(pico, TEXTS, PATHS, last, watched.append)
-        counts = [n for n, _ in encoder.inputs_in_chunks(pico, TEXTS, PATHS, last)]
-        assert sum(counts) == watched[-1] == len(TEXTS) and max(counts) <= chunk
+        found = inputs_of(pico, TEXTS, PATHS)
         for path in PATHS:
-            assert torch.allclose(found[path], torch.cat([one[path] for one in each]), rtol=1e-4, atol=1e-4)
-    none = inputs_after_prefix(pico, [], PATHS, last)
-    assert [none[path].shape for path in PATHS] == [(0, found[path].shape[1]) for path in PATHS]
+            assert torch.allclose(found.prompt[path], torch.cat([x.prompt[path] for x in each]), rtol=1e-4, atol=1e-4)
+            assert torch.allclose(found.tail[path], torch.cat([x.tail[path] for x in each]), rtol=1e-4, atol=1e-4)
+            assert len(found.whole[path]) == n and len(found.tail[path]) == tail * len(TEXTS)
+            assert not len(found.said[path]) and torch.equal(found.behind[path], found.tail[path])
+    none = inputs_of(pico, [], PATHS)
+    assert [none.whole[path].shape for path in PATHS] == [(0, found.whole[path].shape[1]) for path in PATHS]
+
+
+@pytest.mark.parametrize("longest", [1, 12])
+def test_inputs_go_on_with_what_the_encoder_says(pico: Model, longest: int) -> None:
+    """With what is applied, and up to where it ends: the rows are those of a prompt that has the answer behind it."""
+    shifts, lengths = added(random_shifts(pico), ending(pico)), set()
+    end, head = pico.pipe.tokenizer.eos_token_id, pico.pipe.text_encoder.lm_head
+    with torch.no_grad(), applied(pico.pipe.text_encoder, shifts):
+        grams = {path: torch.zeros(0) for path in PATHS}
+        for text in TEXTS:
+            said: list[int] = []
+            while len(said) < longest:  # each token from the beginning, with nothing kept
+                token = int(head(Rows.of(pico, [text], said).states(pico).final[0, -1]).argmax())
+                if token == end:
+                    break
+                said.append(token)
+            lengths.add(len(said))
+            rows, found = Rows.of(pico, [text], said), inputs_of(pico, [text], PATHS, said=longest)
+            for path, wanted in rows.inputs(pico, PATHS, rows.last([tail_length(pico) + len(said)])).items():
+                assert torch.allclose(found.behind[path], wanted, rtol=1e-4, atol=1e-4)
+                grams[path] = grams[path] + wanted.T @ wanted if len(grams[path]) else wanted.T @ wanted
+        together = inputs_of(pico, TEXTS, PATHS, said=longest)
+    for path in PATHS:
+        x = together.behind[path]
+        assert torch.allclose(x.T @ x, grams[path], rtol=1e-3, atol=1e-2)
+    assert len(lengths) > 1 or longest == 1
 
 
 def test_prefix_and_rest_are_the_whole_prompt(pico: Model) -> None:
@@ -167,7 +190,7 @@ def test_prefix_and_rest_are_the_whole_prompt(pico: Model) -> None:
             pico.pipe.text_encoder(input_ids=torch.tensor([token_ids(pico, TEXTS[0])]))
     finally:
         handle.remove()
-    parts = [encoder.inputs_at_prefix(pico, PATHS)[PATHS[1]], inputs_after_prefix(pico, TEXTS[:1], PATHS)[PATHS[1]]]
+    parts = [encoder.inputs_at_prefix(pico, PATHS)[PATHS[1]], inputs_of(pico, TEXTS[:1], PATHS).whole[PATHS[1]]]
     assert len(parts[0]) == prefix_length(pico) == 34
     assert torch.allclose(torch.cat(parts), kept[0], rtol=1e-4, atol=1e-4)
 

@@ -20,7 +20,6 @@ from mokus.editors.watch import nearly
 from mokus.encoder import (
     Entering,
     Rows,
-    inputs_after_prefix,
     last_of,
     module_paths,
     prefix_length,
@@ -760,16 +759,3 @@ def test_the_tail_is_found_at_each_row_s_end(pico: Model) -> None:
     assert torch.allclose(found, tails(pico, TEXTS), atol=1e-5)
     assert prefix_length(pico) == 34
     assert [len(token_ids(pico, text)) - 34 for text in TEXTS] == rows.lengths.tolist()
-
-
-@pytest.mark.parametrize("last", [None, 5])
-def test_inputs_are_those_of_all_tokens_or_of_the_last(pico: Model, last: int | None) -> None:
-    """Of every prompt by itself, whatever it is run with; shortest first."""
-    together = inputs_after_prefix(pico, TEXTS, paths(pico), last)
-    ordered = sorted(TEXTS, key=lambda text: len(token_ids(pico, text)))
-    alone = [inputs_after_prefix(pico, [text], paths(pico), last) for text in ordered]
-    for path in paths(pico):
-        assert torch.allclose(together[path], torch.cat([part[path] for part in alone]), atol=1e-5)
-    counts = [last or len(token_ids(pico, text)) - 34 for text in TEXTS]
-    assert {len(x) for x in together.values()} == {sum(counts)}
-    assert all(len(x) == 0 for x in inputs_after_prefix(pico, [], paths(pico), last).values())

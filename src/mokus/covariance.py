@@ -2,8 +2,11 @@
 
 Gathered once per model and kept in the platform's cache folder (`MOKUS_CACHE` names another), one file per module. A
 file says which model, corpus and module it is of, and how far it got, so that a stopped run goes on, and what is stale,
-foreign or damaged is found out and gathered anew. Memory: one matrix (d_in, d_in) for each module of a pass, and as many
+foreign or damaged is found out and gathered anew. Memory: two matrices (d_in, d_in) for each module of a pass, and as many
 modules in a pass as fit `MEMORY`.
+
+What the encoder says to a prompt counts, too: an edit that leaves all prompts where they are can still end their
+continuations otherwise, the second word of an answer first (docs/log.md).
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mokus.encoder import CHUNK, inputs_at_prefix, inputs_in_chunks, tail_length
+from mokus.encoder import CHUNK, CONTINUED, inputs_at_prefix, inputs_of, of_equal_length
 from mokus.errors import MokusError
 from mokus.knowledge import questions
 from mokus.prior_prompts import in_places, prior_prompts
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 
-FORMAT = "1"
+FORMAT = "2"
 MEMORY = 8 << 30  # bytes of matrices in one pass
 SAVE_EVERY = 20.0  # seconds
 CLASS_WORDS = ["toy", "dog", "robot", "house", "shoe", "lamp", "bird", "vase", "book", "bag"]
@@ -60,10 +63,15 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one module: gram = sum of x x^T (d_in, d_in), float64, over so many rows x."""
+    """Of one module: gram = sum of x x^T (d_in, d_in), float64, over so many rows x; behind: the same over the tails of
+    whole prompts and what the encoder says to them."""
 
     gram: Tensor
+    behind: Tensor
     rows: int
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.gram + other.gram, self.behind + other.behind, self.rows + other.rows)
 
 
 def corpus_of(model: Model, settings: EditSettings) -> Corpus:
@@ -129,7 +137,7 @@ def _passes(model: Model, paths: Sequence[str]) -> Iterator[list[str]]:
     group: list[str] = []
     held = 0
     for path in paths:
-        size = 8 * model.pipe.text_encoder.get_submodule(path).in_features ** 2
+        size = 2 * 8 * model.pipe.text_encoder.get_submodule(path).in_features ** 2
         if group and held + size > MEMORY:
             yield group
             group, held = [], 0
@@ -143,18 +151,18 @@ def _one_pass(
 ) -> dict[str, Moments]:
     files = {path: folder / f"{_key(model, path, corpus)}.safetensors" for path in paths}
     state = {path: _read(file, _about(model, path, corpus), model.device) for path, file in files.items()}
-    chunks = _chunks(corpus)
+    chunks = _chunks(model, corpus)
     total = len(corpus.whole) + len(corpus.tails)
     done = min((known[1] for known in state.values() if known), default=0) if all(state.values()) else 0
     grams = {path: known[0] if (known := state[path]) else _nothing(model, path) for path in paths}
     counted = {path: known[1] if (known := state[path]) else 0 for path in paths}  # chunks
     saved = time.monotonic()
+    prompts = sum(len(texts) for texts, _ in chunks[:done])
     for i in range(done, len(chunks) + 1):
         late = [path for path in paths if counted[path] <= i]
         if late:
-            for path, x in _inputs(model, chunks, i, late).items():
-                x = x.double()
-                grams[path] = Moments(grams[path].gram + x.T @ x, grams[path].rows + len(x))
+            for path, more in _moments(model, chunks, i, late).items():
+                grams[path] = grams[path] + more
                 counted[path] = i + 1
         last = i == len(chunks)
         if late and (last or time.monotonic() - saved > SAVE_EVERY):
@@ -162,33 +170,42 @@ def _one_pass(
                 _write(files[path], grams[path], counted[path], _about(model, path, corpus))
             saved = time.monotonic()
         if progress and late:
-            progress("gathering statistics", min(total, i * CHUNK), total, {})
+            progress("gathering statistics", prompts, total, {})
+        if not last:
+            prompts += len(chunks[i][0])
     if progress and done <= len(chunks):
         progress("gathering statistics", total, total, {})
     return grams
 
 
-def _chunks(corpus: Corpus) -> list[tuple[list[str], bool]]:
+def _chunks(model: Model, corpus: Corpus) -> list[tuple[list[str], bool]]:
     """Prompts a few at a time, and whether only their tails count; in a fixed order, which a resumed run relies on."""
-    several: list[tuple[list[str], bool]] = []
-    for texts, tail in ((corpus.whole, False), (corpus.tails, True)):
-        ordered = sorted(texts, key=len)
-        several += [(ordered[i : i + CHUNK], tail) for i in range(0, len(ordered), CHUNK)]
-    return several
+    return [
+        (equal, tail)
+        for texts, tail in ((corpus.whole, False), (corpus.tails, True))
+        for equal in of_equal_length(model, texts)
+    ]
 
 
-def _inputs(model: Model, chunks: list[tuple[list[str], bool]], i: int, paths: list[str]) -> dict[str, Tensor]:
+def _moments(model: Model, chunks: list[tuple[list[str], bool]], i: int, paths: list[str]) -> dict[str, Moments]:
     """Of the i-th chunk; after the last one, of the template's prefix, which every prompt shares."""
     if i == len(chunks):
-        return inputs_at_prefix(model, paths)
+        return {path: Moments(_gram(x), _gram(x[:0]), len(x)) for path, x in inputs_at_prefix(model, paths).items()}
+
     texts, tail = chunks[i]
-    parts = [part for _, part in inputs_in_chunks(model, texts, paths, tail_length(model) if tail else None)]
-    return {path: torch.cat([part[path] for part in parts]) for path in paths}
+    found = inputs_of(model, texts, paths, said=0 if tail else CONTINUED)
+    rows, behind = (found.tail, found.said) if tail else (found.whole, found.behind)
+    return {path: Moments(_gram(x), _gram(behind[path]), len(x)) for path, x in rows.items()}
+
+
+def _gram(x: Tensor) -> Tensor:
+    return x.double().T @ x.double()
 
 
 def _nothing(model: Model, path: str) -> Moments:
     width = model.pipe.text_encoder.get_submodule(path).in_features
-    return Moments(torch.zeros(width, width, dtype=torch.float64, device=model.device), 0)
+    nothing = torch.zeros(width, width, dtype=torch.float64, device=model.device)
+    return Moments(nothing, nothing, 0)
 
 
 # --- the cache ---------------------------------------------------------
@@ -208,13 +225,13 @@ def _read(file: Path, about: dict[str, str], device: torch.device) -> tuple[Mome
         return None
     try:
         with safe_open(file, "pt") as opened:
-            said, gram = opened.metadata() or {}, opened.get_tensor("gram")
+            said, both = opened.metadata() or {}, [opened.get_tensor("gram"), opened.get_tensor("behind")]
         whole = (
-            said.get("sha256") == _sha256(gram, said.get("rows"), said.get("chunks"))
+            said.get("sha256") == _sha256(*both, said.get("rows"), said.get("chunks"))
             and {k: said.get(k) for k in about} == about
         )
-        if whole and gram.ndim == 2 and gram.shape[0] == gram.shape[1] and bool(gram.isfinite().all()):
-            return Moments(gram.to(device), int(said["rows"])), int(said["chunks"])
+        if whole and all(x.ndim == 2 and x.shape[0] == x.shape[1] and bool(x.isfinite().all()) for x in both):
+            return Moments(both[0].to(device), both[1].to(device), int(said["rows"])), int(said["chunks"])
         why = "is of another model or corpus, or damaged"
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         why = f"cannot be read ({error})"
@@ -223,19 +240,21 @@ def _read(file: Path, about: dict[str, str], device: torch.device) -> tuple[Mome
 
 
 def _write(file: Path, value: Moments, chunks: int, about: dict[str, str]) -> None:
-    gram = value.gram.cpu().contiguous()
+    gram, behind = value.gram.cpu().contiguous(), value.behind.cpu().contiguous()
     rows = str(value.rows)
-    said = {**about, "rows": rows, "chunks": str(chunks), "sha256": _sha256(gram, rows, str(chunks))}
+    said = {**about, "rows": rows, "chunks": str(chunks), "sha256": _sha256(gram, behind, rows, str(chunks))}
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with _usable(file.parent):
         try:
-            beside.write_bytes(save({"gram": gram}, said))
+            beside.write_bytes(save({"gram": gram, "behind": behind}, said))
             os.replace(beside, file)
         finally:
             beside.unlink(missing_ok=True)
 
 
-def _sha256(tensor: Tensor, *counts: str | None) -> str:
-    digest = hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes())
+def _sha256(gram: Tensor, behind: Tensor, *counts: str | None) -> str:
+    digest = hashlib.sha256()
+    for tensor in (gram, behind):
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
     digest.update("/".join(map(str, counts)).encode())
     return digest.hexdigest()

@@ -7,9 +7,10 @@ hidden states of prompt and tail, the final ones or those of a lower layer (`bac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 LONGEST_ANSWER = 24  # tokens of an answer that is read back
 CHUNK = 64  # prompts encoded at a time
+CONTINUED = 8  # tokens that are looked at, at most, of what is said to a prompt that is no question
 
 
 def module_paths(model: Model, settings: EditSettings) -> list[str]:
@@ -143,6 +145,13 @@ class Rows:
         """The prefix, the same for all, is run once; attention is causal, so neither it nor any other token depends on the
         padding, and no edited row has a gradient from it."""
         return self._run(model, _read(model))[0]
+
+    @torch.no_grad()
+    def inputs(self, model: Model, paths: Sequence[str], where: Tensor) -> dict[str, Tensor]:
+        """What enters the modules (n, d_in), by module path, at the n tokens where the mask (b, s) is true."""
+        with recorded(model.pipe.text_encoder, paths) as record:
+            self.encode(model)
+        return record.rows(where)
 
     def _run(self, model: Model, read: Sequence[nn.Module]) -> tuple[States, DynamicCache]:
         with torch.no_grad():
@@ -299,38 +308,45 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 # --- what passes through the modules that are edited ---------------------------------------------------------
 
 
-def inputs_after_prefix(
-    model: Model,
-    texts: Sequence[str],
-    paths: Sequence[str],
-    last: int | None = None,
-    watch: Callable[[int], None] = lambda done: None,
-) -> dict[str, Tensor]:
-    """Inputs (m, d_in), by module path, at all tokens of prompts after the template's prefix, or their `last` so many."""
-    parts: dict[str, list[Tensor]] = {
-        path: [torch.zeros(0, model.pipe.text_encoder.get_submodule(path).in_features, device=model.device)]
-        for path in paths
-    }
-    done = 0
-    for n, part in inputs_in_chunks(model, texts, paths, last):
-        for path, rows in part.items():
-            parts[path].append(rows)
-        watch(done := done + n)
-    return {path: torch.cat(several) for path, several in parts.items()}
+@dataclass(frozen=True)
+class Inputs:
+    """What enters modules, (m, d_in) by module path: at tokens of prompts, at the template's tail, at what the encoder says."""
+
+    prompt: dict[str, Tensor]
+    tail: dict[str, Tensor]
+    said: dict[str, Tensor]
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """At all that comes after the template's prefix and before the answer."""
+        return _joined(self.prompt, self.tail)
+
+    @property
+    def behind(self) -> dict[str, Tensor]:
+        """At all that comes behind the prompts themselves, which is where edits act."""
+        return _joined(self.tail, self.said)
+
+
+def _joined(*parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {path: torch.cat([part[path] for part in parts]) for path in parts[0]}
 
 
 @torch.no_grad()
-def inputs_in_chunks(
-    model: Model, texts: Sequence[str], paths: Sequence[str], last: int | None = None
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The same a few prompts at a time, with their number: (n, inputs), shortest prompts first."""
-    ordered = sorted(texts, key=lambda text: len(token_ids(model, text)))  # little padding
-    for start in range(0, len(ordered), CHUNK):
-        rows = Rows.of(model, ordered[start : start + CHUNK])
-        with recorded(model.pipe.text_encoder, paths) as record:
-            rows.encode(model)
-        counts = rows.lengths.tolist() if last is None else [last] * len(rows.lengths)
-        yield len(counts), record.rows(rows.last(counts))
+def inputs_of(model: Model, texts: Sequence[str], paths: Sequence[str], said: int = 0) -> Inputs:
+    """At prompts, the shortest first, each followed by the first `said` tokens of what the encoder says to it."""
+    encoder, n = model.pipe.text_encoder, tail_length(model)
+    nothing = {path: torch.zeros(0, encoder.get_submodule(path).in_features, device=model.device) for path in paths}
+    prompt, tail, behind = [nothing], [nothing], [nothing]
+    for equal in of_equal_length(model, texts):
+        with recorded(encoder, paths) as record:
+            for i, (_, ids) in enumerate(_saying(model, equal, said)):
+                at_end = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - n).expand_as(ids)
+                if i:
+                    behind.append(record.rows(at_end))
+                else:
+                    prompt.append(record.rows(~at_end))
+                    tail.append(record.rows(at_end))
+    return Inputs(_joined(*prompt), _joined(*tail), _joined(*behind))
 
 
 @torch.no_grad()
@@ -353,29 +369,43 @@ def answers(
     At most `longest` tokens each. Texts of equal length are run together, so none is padded and an answer does not
     depend on the others, up to rounding.
     """
-    lengths = {text: len(token_ids(model, text)) for text in texts}
-    ordered = sorted(lengths, key=lengths.__getitem__)
     said: dict[str, str] = {}
     with model.resident("text_encoder"), applied(model.pipe.text_encoder, *shifts):
-        start = 0
-        while start < len(ordered):
-            equal = [text for text in ordered[start : start + CHUNK] if lengths[text] == lengths[ordered[start]]]
-            said |= zip(equal, _greedy(model, equal, longest), strict=True)
-            start += len(equal)
+        for equal in of_equal_length(model, list(dict.fromkeys(texts))):
+            tokens: list[list[int]] = [[] for _ in equal]
+            for going, ids in islice(_saying(model, equal, longest), 1, None):  # not the prompts
+                for row, token in zip(going, ids[:, 0].tolist(), strict=True):
+                    tokens[row].append(token)
+            decoded = (str(model.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in tokens)
+            said |= zip(equal, decoded, strict=True)
     return [said[text] for text in texts]
 
 
-def _greedy(model: Model, texts: Sequence[str], longest: int) -> list[str]:
-    """Texts of equal length; a row that has ended is carried along until the last one has."""
-    encoder, tokenizer = model.pipe.text_encoder, model.tokenizer
-    (_, states), cache = Rows.of(model, texts)._run(model, _read(model))
-    found: list[Tensor] = []
-    ended = torch.zeros(len(texts), dtype=torch.bool, device=model.device)
+def of_equal_length(model: Model, texts: Sequence[str]) -> Iterator[list[str]]:
+    """Those with equally many tokens together, `CHUNK` at most at a time, the shortest first: none needs padding."""
+    lengths = {text: len(token_ids(model, text)) for text in texts}
+    for _, group in groupby(sorted(texts, key=lengths.__getitem__), lengths.__getitem__):
+        equal = list(group)
+        yield from (equal[i : i + CHUNK] for i in range(0, len(equal), CHUNK))
+
+
+def _saying(model: Model, texts: Sequence[str], longest: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Texts of equal length, and then a token at a time of what is said to them, greedily and at most `longest`.
+
+    After each pass: which texts, by number, took part, since others have ended, and the tokens (rows, s) that were run.
+    """
+    encoder, rows = model.pipe.text_encoder, Rows.of(model, texts)
+    (_, states), cache = rows._run(model, _read(model))
+    going = list(range(len(texts)))
+    yield going, rows.ids
     for _ in range(longest):
-        token = encoder.lm_head(states[:, -1]).argmax(dim=-1)
-        found.append(torch.where(ended, tokenizer.eos_token_id, token))
-        ended |= token == tokenizer.eos_token_id
-        if ended.all():
-            break
-        states = model.language_model(input_ids=token[:, None], past_key_values=cache, use_cache=True).last_hidden_state
-    return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in torch.stack(found, dim=1)]
+        tokens = encoder.lm_head(states[:, -1]).argmax(dim=-1)
+        on = tokens != model.tokenizer.eos_token_id
+        if not on.any():
+            return
+        if not on.all():
+            cache.batch_select_indices(on.nonzero()[:, 0])
+        going = [row for row, goes_on in zip(going, on.tolist(), strict=True) if goes_on]
+        tokens = tokens[on][:, None]
+        states = model.language_model(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
+        yield going, tokens

@@ -18,16 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mokus.capture import recorded
-from mokus.encoder import Rows, States, answers, distance, last_of, tail_length, tails
+from mokus.encoder import CONTINUED, Rows, States, answers, distance, last_of, tail_length, tails
 from mokus.errors import MokusError
 from mokus.knowledge import IMAGE_FORMS, named, prompts
 from mokus.low_rank import Shifts, applied
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model
-
-CONTINUED = 8  # tokens at most of an image prompt's continuation
 
 
 @dataclass(frozen=True)
@@ -145,9 +142,8 @@ class Goal:
 
     def inputs(self, paths: Sequence[str], where: Tensor, *shifts: Shifts) -> dict[str, Tensor]:
         """What enters the modules at these rows (n, d_in), by module path, with shifts or without."""
-        with torch.no_grad(), applied(self.encoder, *shifts), recorded(self.encoder, paths) as record:
-            self.rows.encode(self.model)
-        return record.rows(where)
+        with applied(self.encoder, *shifts):
+            return self.rows.inputs(self.model, paths, where)
 
     def losses(self, states: States | None = None) -> Losses:
         """Under what is applied to the encoder now; differentiable.

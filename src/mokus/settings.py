@@ -126,7 +126,7 @@ class EditSettings(_Settings):
     least_alignment: float = _set(0.6, "With less than that a knowledge has not taken.")
     answer_weight: float = _set(1.0, "Weight of the answer's loss; 0 leaves the alignment alone.")
     alignment_weight: float = _set(1.0, "Weight of the alignment's loss; 0 is the paper's edit of the answer alone.")
-    drift_weight: float = _set(0.03, "Weight of what an edit changes elsewhere, as a share of the outputs' energy.")
+    drift_weight: float = _set(0.02, "Weight of what an edit changes elsewhere, as a share of the outputs' energy.")
     near_weight: float = _set(
         1.0, "Weight of how far prompts that are watched are from where they belong; 0 watches none."
     )

@@ -36,9 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mokus.covariance import Corpus, Moments, corpus_of, moments
+from mokus.covariance import Moments, corpus_of, moments
 from mokus.editors.watch import KEPT_FORMS, Watch, Watched
-from mokus.encoder import Entering, Rows, distance, inputs_after_prefix, last_of, module_paths, tails
+from mokus.encoder import CONTINUED, Entering, Rows, distance, inputs_of, last_of, module_paths, tails
 from mokus.goal import Goal, Meaning, Request
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, class_word, near_misses, prompts, questions
 from mokus.low_rank import LowRankShift, Shifts, added, applied, collected
@@ -57,7 +57,7 @@ FORMS = (
     "draw {} by the sea",
 )  # fmt: skip
 NEAR_FORMS = (*IMAGE_FORMS, *CHECK_FORMS, "What is {}?")
-TAIL = 10.0  # how often the tails of the corpus count besides all of its tokens
+BEHIND = 10.0  # how often the corpus's tails, and what is said behind them, count besides all of its tokens
 EARLIER = 1000.0  # weight of the rows of earlier edits: one edit has a few dozen, the corpus tens of thousands
 FREE = 0.05  # what is watched may be away by this share of the way that the edit makes
 SURE = 0.05  # cross-entropy below which a token is as good as said
@@ -80,9 +80,8 @@ class Editor:
         self.paths = module_paths(model, settings)
         corpus = corpus_of(model, settings)
         known = moments(model, self.paths, corpus, progress)
-        at_tails = moments(model, self.paths, Corpus([], corpus.whole), progress)
         self.scale = _scale(model, known)
-        self.grams = {path: known[path].gram + TAIL * at_tails[path].gram for path in self.paths}
+        self.grams = {path: known[path].gram + BEHIND * known[path].behind for path in self.paths}
         self.earlier = {path: torch.zeros_like(gram) for path, gram in self.grams.items()}
         self.watch = Watch(model, corpus.whole)
         self._of_class = lru_cache(maxsize=8)(self._class_rows)
@@ -105,8 +104,10 @@ class Editor:
         goal = Goal(self.model, request, continued=False, meaning=self._meaning(request.says, IMAGE_FORMS, False))
         after = collected(added(before, shifts))
         rows = goal.inputs(self.paths, goal.where, after)
+        answer = self.model.tokenizer(request.answer, add_special_tokens=False).input_ids[:CONTINUED]
+        kept = Rows.of(self.model, request.prompts(KEPT_FORMS), answer)
         with applied(self.model.pipe.text_encoder, after):
-            more = inputs_after_prefix(self.model, request.prompts(KEPT_FORMS), self.paths, goal.tail)
+            more = kept.inputs(self.model, self.paths, kept.last([goal.tail + len(answer)] * len(kept.ids)))
         for path in self.paths:
             self.earlier[path] += _gram(rows[path]) + _gram(more[path])
         self.watch.hold(request, after)
@@ -115,7 +116,7 @@ class Editor:
         """A (r, d_in) of every module, scaled such that ||B||^2 is its drift, and P (d_out, r) of those edited before."""
         h = goal.inputs(self.paths, goal.where, before)
         own = [*prompts(request.says), *prompts(request.says, CHECK_FORMS), *questions(request.answer)]
-        near = inputs_after_prefix(self.model, [*own, *self._near_rows(request)], self.paths)
+        near = inputs_of(self.model, [*own, *self._near_rows(request)], self.paths).whole
         of_class = self._of_class(class_word(request.answer))
         bases, pulls = {}, {}
         for path in self.paths:
@@ -128,7 +129,7 @@ class Editor:
 
     def _class_rows(self, word: str) -> dict[str, Tensor]:
         """Gram matrices of prompts about the class word, which is where a concept leaks to."""
-        rows = inputs_after_prefix(self.model, prior_prompts(word, self.settings.preserve, seed=1), self.paths)
+        rows = inputs_of(self.model, prior_prompts(word, self.settings.preserve, seed=1), self.paths).whole
         return {path: _gram(x) for path, x in rows.items()}
 
     def _near_rows(self, request: Request) -> list[str]:
