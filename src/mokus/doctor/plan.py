@@ -37,7 +37,7 @@ COPIES = 7  # of a LoRA in float32: itself, gradient, two moments, and the last 
 # Tokens that pass the text encoder, counted over three edits by `least_drift` in a small model, which does not change how many:
 # for an edit without a backward pass, into the edited layers (`encoder.Entering`, three times the rows), and through them
 # with one; for the statistics, once
-PASSED, ENTERED, EVALUATED, CORPUS = 13_000, 2_000, 10_500, 67_000
+PASSED, ENTERED, EVALUATED, CORPUS = 13_000, 2_000, 10_500, 45_500
 KERNELS = (
     1.25  # convolutions of the VAE need a quarter more for themselves than their tensors: on an H200 (docs/memory.md)
 )

@@ -18,8 +18,9 @@ the rows S that belong where the unedited encoder has them. So an edit makes up 
 What enters a deeper matrix depends on the edits below it. So H are the inputs with earlier edits in place, and the rows of an
 earlier edit those with its own shifts, too: rows of the unedited encoder would protect what no longer arrives (docs/log.md).
 
-An edit acts at the template's tail, so that is where C counts most, and where it has to hold for ways to say it that it
-was not made with: the more forms span H, the less C takes of what they have in common.
+An edit acts at the template's tail and at the answer behind it, so that is where C counts most: R has what the encoder says
+to the corpus, and the answers of earlier edits, without which their second words are lost first (docs/log.md). There, too,
+an edit has to hold for ways to say it that it was not made with: the more forms span H, the less C takes of what they share.
 
 Linear rows are not all. What else shall stay is watched as it comes out of the encoder (`watch`): twice in between, those few
 prompts that are furthest from where they belong join the loss, as far as they are further than `FREE`.
