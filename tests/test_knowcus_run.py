@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -458,6 +459,29 @@ def test_a_sweep_is_drawn_scored_and_reported(place: Path) -> None:
 def test_mistakes_of_the_other_commands(place: Path, arguments: str, sentence: str) -> None:
     found = command(f"bench knowcus {arguments}")
     assert found.exit_code == 2 and sentence in found.stderr and "Traceback" not in found.output, found.output
+
+
+def test_a_method_that_is_made_otherwise_now_is_not_averaged_with_what_it_was(
+    model: Model, suite: Suite, album: Path, tmp_path: Path
+) -> None:
+    """Other settings of its editor, in the folder of an earlier run: its old images are asked for no more, the others are."""
+    changed = replace(model, defaults=replace(model.defaults, edit={**model.defaults.edit, "drift_weight": 0.5}))
+    before, now = plan_of(model, suite, album, ("anchor", "mokus")), plan_of(changed, suite, album, ("mokus",), (1, 2))
+    for plan, seeds in ((before, [0, 1]), (now, [1, 2])):
+        run.write_plan(model, plan, tmp_path, seeds, "a command", "a suite")
+    items = json.loads((tmp_path / "plan.json").read_text())["items"]
+    found = {name: {item["key"] for item in items if item["method"] == name} for name in ("anchor", "mokus")}
+    assert found["anchor"] == {item.key for item in before.items if item.method == "anchor"}
+    assert found["mokus"] == {item.key for item in now.items}
+    assert not found["mokus"] & {item.key for item in before.items}
+
+
+def test_more_seeds_of_the_same_are_added(model: Model, suite: Suite, album: Path, tmp_path: Path) -> None:
+    for seeds in ((0, 1), (1, 2)):
+        run.write_plan(model, plan_of(model, suite, album, ("mokus",), seeds), tmp_path, seeds, "a command", "a suite")
+    items = json.loads((tmp_path / "plan.json").read_text())["items"]
+    wanted = plan_of(model, suite, album, ("mokus",), (0, 1, 2)).items
+    assert sorted(item["key"] for item in items) == sorted(item.key for item in wanted)
 
 
 def test_plan_draws_nothing(place: Path) -> None:

@@ -191,6 +191,9 @@ def alone(folder: Path) -> Iterator[None]:
 def write_plan(model: Model, plan: Plan, folder: Path, seeds: Sequence[int], command: str, source: str) -> None:
     """DIR/plan.json: what is asked for now, and what was before of the same suite, model and settings.
 
+    What a method is now made by otherwise, with other settings of its editor, say, takes the place of what it was before: the
+    images of both would be averaged.
+
     `source`: the suite as it was named, by which a report finds it again. Raises `MokusError` if the folder holds a run of
     another suite, model or settings.
     """
@@ -207,7 +210,11 @@ def write_plan(model: Model, plan: Plan, folder: Path, seeds: Sequence[int], com
             raise MokusError(
                 f"{folder} holds a run with another {' and '.join(differing)}; choose another folder for this one."
             )
-        rows = {(row["method"], row["key"], row["prompt"]): row for row in old["items"]} | rows
+        packs: dict[tuple[str, str], set[str]] = {}
+        for item in plan.items:
+            packs.setdefault((item.method, item.concept), set()).add(item.pack)
+        kept = [row for row in old["items"] if row["pack"] in packs.get((row["method"], row["concept"]), {row["pack"]})]
+        rows = {(row["method"], row["key"], row["prompt"]): row for row in kept} | rows
         seeds = sorted({*old["seeds"], *seeds})
         commands = list(dict.fromkeys([*old["commands"], command]))
     methods = list(dict.fromkeys(row["method"] for row in rows.values()))
