@@ -494,30 +494,6 @@ def test_an_edit_makes_up_for_what_earlier_ones_did_elsewhere(pico: Model, rests
     assert drift(after, metric(rests[0])) < 0.99 * drift(exact(earlier[path]), metric(rests[0]))
 
 
-def test_what_the_corpus_lacks_is_no_free_way(pico: Model) -> None:
-    """||A v|| has a bound for every v of unit norm, seen or not: C's smallest eigenvalue is at least `SHRUNK` typical ones."""
-    one = made("least_drift", pico, layers=[1, 2])
-    known = moments(pico, one.paths, corpus_of(pico, one.settings))
-    bases, _ = one._bases(Goal(pico, REQUEST), REQUEST, {})
-    for path, a in bases.items():
-        seen = torch.linalg.eigvalsh(metric(known[path].gram + least_drift.BEHIND * known[path].behind))
-        typical = float(seen.log().mean().exp())
-        assert seen.min() < 0.1 * typical  # so that it is no matter of course
-        most = one.scale / (least_drift.SHRUNK * typical) ** 0.5
-        assert float(torch.linalg.matrix_norm(a.double(), ord=2)) < 1.001 * most
-
-
-def test_shrinking_knows_no_units_and_no_axes() -> None:
-    """Rows of another scale or turned give the same metric, scaled or turned; the identity is `SHRUNK` + 1 times itself."""
-    r = (torch.logspace(1, 3, D_IN) * normal(60, D_IN)).double()
-    c, turn = r.T @ r, torch.linalg.qr(normal(D_IN, D_IN, seed=1).double())[0]
-    assert close(least_drift._shrunk(9 * c), 9 * least_drift._shrunk(c), 1e-3)
-    assert close(least_drift._shrunk(turn.T @ c @ turn), turn.T @ least_drift._shrunk(c) @ turn, 1e-9)
-    large = 1e6 * torch.eye(D_IN, dtype=torch.float64)
-    assert close(least_drift._shrunk(large), (least_drift.SHRUNK + 1) * large, 1e-5)
-    assert torch.equal(least_drift._shrunk(0 * c), metric(0 * c) * least_drift.SHRUNK)  # of nothing, too
-
-
 def answered(model: Model, texts: list[str], answer: str, path: str) -> Tensor:
     """Inputs (m, d_in) at the tails of prompts and at the answer behind each."""
     ids = model.tokenizer(answer, add_special_tokens=False).input_ids

@@ -24,9 +24,9 @@ and the smallest change of W that does so is a ridge regression, which is a prod
 
     dW = argmin ||H dW^T - V||^2 + ||dW||^2  =  B A,        A = (H H^T + I)^-1 H,        B = V^T
 
-The default recipe (`editors.least_drift`) asks for what shall stay as well. With C = the second moments of W's inputs
-elsewhere (`covariance`: a corpus; near misses; what was bound before), shrunk towards I for what is in none of these, among
-all changes with the same outputs at H the one that moves the rest least has A spanning H C^-1, and B is found by minimising
+The default recipe (`editors.least_drift`) asks for what shall stay as well. With C = I + the second moments of W's inputs
+elsewhere (`covariance`: a corpus; near misses; what was bound before), among all changes with the same outputs at H the one
+that moves the rest least has A spanning H C^-1, and B is found by minimising
 
     answers + alignment + near misses + w tr(dW C dW^T)
 

@@ -6,7 +6,7 @@ Every edited matrix W (d_out, d_in) changes by dW = B A, and B is found by
 
     drift = sum over W of  E ||dW x||^2 / E ||W x||^2        x: what enters W elsewhere (below: the median W's)
 
-With R the rows of everything that shall stay (corpus, class words, near misses, earlier edits) and C = R^T R, the
+With R the rows of everything that shall stay (corpus, class words, near misses, earlier edits) and C = R^T R + I, the
 drift is tr(dW C dW^T). A is chosen such that A C A^T = I and that its rows span H C^-1, where H (n, d_in) are the inputs
 at the edited rows: the shifts of least drift for given outputs at H all have this form (it is UltraEdit's ridge
 regression, arXiv 2505.14679, seen from the other side). So rank <= n, drift = ||B||^2, and plain quadratic optimisation is
@@ -21,10 +21,6 @@ earlier edit those with its own shifts, too: rows of the unedited encoder would 
 An edit acts at the template's tail and at the answer behind it, so that is where C counts most: R has what the encoder says
 to the corpus, and the answers of earlier edits, without which their second words are lost first (docs/log.md). There, too,
 an edit has to hold for ways to say it that it was not made with: the more forms span H, the less C takes of what they share.
-
-No corpus has everything. The directions that it has least of would be used first, and what it lacks is what all else outside
-of it has in common (docs/log.md). So C is shrunk towards the identity, as covariances of too few samples are (Ledoit and Wolf
-2004): `SHRUNK` times as much of it as the geometric mean of C's eigenvalues, which a few tokens of huge norm do not move.
 
 Linear rows are not all. What else shall stay is watched as it comes out of the encoder (`watch`): twice in between, those few
 prompts that are furthest from where they belong join the loss, as far as they are further than `FREE`.
@@ -63,7 +59,6 @@ FORMS = (
 )  # fmt: skip
 NEAR_FORMS = (*IMAGE_FORMS, *CHECK_FORMS, "What is {}?")
 BEHIND = 10.0  # how often the corpus's tails, and what is said behind them, count besides all of its tokens
-SHRUNK = 1.0  # how much of the identity is added to the corpus's part of C, of the geometric mean of its eigenvalues
 EARLIER = 1000.0  # weight of the rows of earlier edits: one edit has a few dozen, the corpus tens of thousands
 FREE = 0.05  # what is watched may be away by this share of the way that the edit makes
 SURE = 0.05  # cross-entropy below which a token is as good as said
@@ -87,7 +82,7 @@ class Editor:
         corpus = corpus_of(model, settings)
         known = moments(model, self.paths, corpus, progress)
         self.scale = _scale(model, known)
-        self.grams = {path: _shrunk(known[path].gram + BEHIND * known[path].behind) for path in self.paths}
+        self.grams = {path: known[path].gram + BEHIND * known[path].behind for path in self.paths}
         self.earlier = {path: torch.zeros_like(gram) for path, gram in self.grams.items()}
         self.watch = Watch(model, corpus.whole)
         self._of_class = lru_cache(maxsize=8)(self._class_rows)
@@ -240,19 +235,10 @@ def _scale(model: Model, known: dict[str, Moments]) -> float:
     return float(torch.stack(energies).median().clamp(min=1e-12).sqrt())
 
 
-def _with_identity(gram: Tensor, weight: float = 1.0) -> Tensor:
-    return gram + weight * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-
-
-def _shrunk(gram: Tensor) -> Tensor:
-    """A Gram matrix (d, d) with `SHRUNK` times the geometric mean of its eigenvalues (and one) added to all of them."""
-    half = torch.linalg.cholesky(_with_identity(gram)).diagonal().log().mean()
-    return _with_identity(gram, SHRUNK * float((2 * half).exp()))
-
-
 def _basis(h: Tensor, rest: Tensor) -> Tensor:
     """A (r, d_in), float32: A C A^T = I for C = rest + I, spanning H C^-1 but for directions that hardly occur in H."""
-    lower = torch.linalg.cholesky(_with_identity(rest))
+    c = rest + torch.eye(len(rest), dtype=rest.dtype, device=rest.device)
+    lower = torch.linalg.cholesky(c)
     u, s, _ = torch.linalg.svd(torch.linalg.solve_triangular(lower, h.double().T, upper=False), full_matrices=False)
     keep = s > NEGLIGIBLE * s[0]
     return torch.linalg.solve_triangular(lower.T, u[:, keep], upper=True).T.float().contiguous()
