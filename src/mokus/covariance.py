@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 
-FORMAT = "2"
+FORMAT = "3"
 MEMORY = 8 << 30  # bytes of matrices in one pass
 SAVE_EVERY = 20.0  # seconds
 CLASS_WORDS = ["toy", "dog", "robot", "house", "shoe", "lamp", "bird", "vase", "book", "bag"]
@@ -151,11 +151,13 @@ def _one_pass(
 ) -> dict[str, Moments]:
     files = {path: folder / f"{_key(model, path, corpus)}.safetensors" for path in paths}
     state = {path: _read(file, _about(model, path, corpus), model.device) for path, file in files.items()}
+    grams = {path: known[0] if (known := state[path]) else _nothing(model, path) for path in paths}
+    if all(known and known[1] == known[2] for known in state.values()):
+        return grams  # it takes longer to tokenize a corpus than to read its moments
     chunks = _chunks(model, corpus)
     total = len(corpus.whole) + len(corpus.tails)
-    done = min((known[1] for known in state.values() if known), default=0) if all(state.values()) else 0
-    grams = {path: known[0] if (known := state[path]) else _nothing(model, path) for path in paths}
     counted = {path: known[1] if (known := state[path]) else 0 for path in paths}  # chunks
+    done = min(counted.values())
     saved = time.monotonic()
     prompts = sum(len(texts) for texts, _ in chunks[:done])
     for i in range(done, len(chunks) + 1):
@@ -167,13 +169,13 @@ def _one_pass(
         last = i == len(chunks)
         if late and (last or time.monotonic() - saved > SAVE_EVERY):
             for path in late:
-                _write(files[path], grams[path], counted[path], _about(model, path, corpus))
+                _write(files[path], grams[path], counted[path], len(chunks) + 1, _about(model, path, corpus))
             saved = time.monotonic()
         if progress and late:
             progress("gathering statistics", prompts, total, {})
         if not last:
             prompts += len(chunks[i][0])
-    if progress and done <= len(chunks):
+    if progress:
         progress("gathering statistics", total, total, {})
     return grams
 
@@ -219,8 +221,8 @@ def _key(model: Model, path: str, corpus: Corpus) -> str:
     return hashlib.sha256(json.dumps(_about(model, path, corpus)).encode()).hexdigest()[:40]
 
 
-def _read(file: Path, about: dict[str, str], device: torch.device) -> tuple[Moments, int] | None:
-    """What is in the cache and how many chunks it has counted; None if there is nothing to trust."""
+def _read(file: Path, about: dict[str, str], device: torch.device) -> tuple[Moments, int, int] | None:
+    """What is in the cache, how many chunks it has counted and of how many; None if there is nothing to trust."""
     if not file.is_file():
         return None
     try:
@@ -231,7 +233,8 @@ def _read(file: Path, about: dict[str, str], device: torch.device) -> tuple[Mome
             and {k: said.get(k) for k in about} == about
         )
         if whole and all(x.ndim == 2 and x.shape[0] == x.shape[1] and bool(x.isfinite().all()) for x in both):
-            return Moments(both[0].to(device), both[1].to(device), int(said["rows"])), int(said["chunks"])
+            counted, of = map(int, said["chunks"].split("/"))
+            return Moments(both[0].to(device), both[1].to(device), int(said["rows"])), counted, of
         why = "is of another model or corpus, or damaged"
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         why = f"cannot be read ({error})"
@@ -239,10 +242,10 @@ def _read(file: Path, about: dict[str, str], device: torch.device) -> tuple[Mome
     return None
 
 
-def _write(file: Path, value: Moments, chunks: int, about: dict[str, str]) -> None:
+def _write(file: Path, value: Moments, counted: int, of: int, about: dict[str, str]) -> None:
     gram, behind = value.gram.cpu().contiguous(), value.behind.cpu().contiguous()
-    rows = str(value.rows)
-    said = {**about, "rows": rows, "chunks": str(chunks), "sha256": _sha256(gram, behind, rows, str(chunks))}
+    rows, chunks = str(value.rows), f"{counted}/{of}"
+    said = {**about, "rows": rows, "chunks": chunks, "sha256": _sha256(gram, behind, rows, chunks)}
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with _usable(file.parent):
         try:
