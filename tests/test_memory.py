@@ -101,6 +101,21 @@ def test_few_bits_are_near_and_small(
     assert all(g.dtype == torch.float32 for g in gradients(transformer, memory.tier("checkpointed")))
 
 
+def test_four_bits_pass_gradients_on_after_they_were_used_without(
+    pico_of_my_own: pipeline.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On any CPU as on one with AVX-512 for bfloat16, where bitsandbytes has a layout that is for inference alone."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    transformer = pico_of_my_own.pipe.transformer
+    memory.quantise(transformer.transformer_blocks, 4, torch.device("cpu"))
+    with torch.no_grad():
+        before = velocity(transformer)
+    found = gradients(transformer, memory.tier("all"))
+    assert all(bool(g.isfinite().all()) and bool(g.any()) for g in found)
+    with torch.no_grad():
+        assert torch.equal(velocity(transformer), before)
+
+
 @pytest.mark.parametrize("name", PACKED)
 def test_the_method_runs_in_few_bits_and_its_packs_are_anyone_s(
     pico_folder: Path, pico: pipeline.Model, tmp_path: Path, name: str

@@ -128,6 +128,8 @@ def quantise(module: nn.Module, bits: int, device: torch.device) -> None:
             kind: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
             made = bnb.nn.Linear4bit(*shape, bias, compute_dtype=dtype, device="meta", **kind)
             made.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, module=made, **kind)
+            # else a CPU that multiplies bfloat16 lays them out anew when first used, and then they pass no gradient on
+            made.support_avx512bf16_for_cpu = False
         made.bias = child.bias
         setattr(module, name, made.to(device).eval())
 
