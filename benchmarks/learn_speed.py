@@ -92,7 +92,7 @@ class Plain:
     """The usual loop: half of the samples are photos of the concept, half are images of its class."""
 
     def __init__(self, model: Model, run: _Run, images: list[Image.Image], cached: bool) -> None:
-        self.model, self.grid, self.images = model, run.grid, images
+        self.model, self.grid, self.images = model, run.material.grid, images
         self.samples = run.settings.batch_size + run.settings.prior_batch_size
         self.transformer, self.cached = model.pipe.transformer, cached
         self.random = torch.Generator().manual_seed(0)
@@ -150,8 +150,8 @@ def bare(run: _Run, ours: Step) -> Step:
 
 
 def contenders(run: _Run, images: list[Image.Image], compiled: bool) -> Iterator[tuple[str, str, bool, Step]]:
-    """Name, whose LoRA is active, whether compiled code runs, and one step. Inside `run.adapter()`, after `run.prepare()`."""
-    transformer, training = run.transformer, run.train(0)
+    """Name, whose LoRA is active, whether compiled code runs, and one step. Inside `run.adapter()`, all material gathered."""
+    transformer, training = run.transformer, run.train()
     next(training)  # the optimiser's moments are there from now on
     yield "bare", ADAPTER, False, bare(run, lambda: next(training))
     yield "ours", ADAPTER, False, lambda: next(training)
@@ -232,7 +232,7 @@ def measure(model: Model, settings: LearnSettings, rounds: int, matrix: int, fol
     device, images = model.device, pictures(model.defaults.size)
     photos = photos_of(images, model.defaults.size)
     run = _Run(model, photos, ANCHOR, WORD, folder / "a.pack", settings)
-    for what, done, total, _ in run.prepare():
+    for what, done, total, _ in run.material.gather():
         if done == total:
             note(f"{what}: {total}")
     with ExitStack() as stack:

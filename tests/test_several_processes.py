@@ -158,7 +158,7 @@ def test_the_samples_of_a_step_are_shared_out(
     settings = replace(SETTINGS, preview_every=0)
     photos = visual_concept._load(images, SIZE)
     run = visual_concept._Run(pico, photos, ANCHOR, "toy", tmp_path / "a.pack", settings)
-    for _ in run.prepare():
+    for _ in run.material.gather():
         pass
     losses = []
     for run.team in (Alone(), *(_Part(i, count) for i in range(count))):

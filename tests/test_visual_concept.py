@@ -15,16 +15,17 @@ from diffusers import QwenImagePipeline
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mokus import flow, visual_concept
+from mokus import flow
 from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.miniature import world
 from mokus.packs.concept_pack import ConceptPack
-from mokus.photos import photos_of
 from mokus.pipeline import Model
 from mokus.places import PLACES
 from mokus.settings import LearnSettings
-from mokus.visual_concept import CROPS, _Run, learn
+from mokus.training import material
+from mokus.training.material import CROPS
+from mokus.visual_concept import learn
 
 from .conftest import ATTENTION, BLOCKS, SIZE, random_lora
 
@@ -486,7 +487,7 @@ def test_the_place_is_said_in_a_share_of_the_samples(
     """A place that is found in every photo is a caption that says it; one that is not found changes nothing."""
 
     def learned(where: int | None, share: float, caption: str | None = None) -> dict[str, Tensor]:
-        monkeypatch.setattr(visual_concept, "place_of", lambda *_, **__: where)
+        monkeypatch.setattr(material, "place_of", lambda *_, **__: where)
         photos = tmp_path / "photos"
         photos.mkdir(exist_ok=True)
         images[0].save(photos / "one.png")
@@ -513,30 +514,29 @@ def test_braces_in_captions_are_harmless(pico: Model, images: list[Image.Image],
     assert learn(pico, tmp_path, ANCHOR, tmp_path / "a.pack", settings=ALONE).lora()
 
 
-def variants(model: Model, image: Image.Image, **chosen: bool) -> list[Image.Image]:
-    run = _Run(model, photos_of([image], SIZE), ANCHOR, "toy", Path("a.pack"), replace(QUICK, **chosen))
-    return run.variants(image)
+def variants(image: Image.Image, **chosen: bool) -> list[Image.Image]:
+    return material.variants(image, replace(QUICK, **chosen))
 
 
-def test_crops_and_mirror_images(pico: Model, images: list[Image.Image]) -> None:
+def test_crops_and_mirror_images(images: list[Image.Image]) -> None:
     image = images[0]
-    assert [v.tobytes() for v in variants(pico, image)] == [image.tobytes()]
-    flipped = variants(pico, image, flip=True)
+    assert [v.tobytes() for v in variants(image)] == [image.tobytes()]
+    flipped = variants(image, flip=True)
     assert [v.tobytes() for v in flipped] == [image.tobytes(), ImageOps.mirror(image).tobytes()]
-    cropped, both = variants(pico, image, crop=True), variants(pico, image, crop=True, flip=True)
+    cropped, both = variants(image, crop=True), variants(image, crop=True, flip=True)
     assert len(cropped) == CROPS + 1 and len(both) == 2 * len(cropped)
     assert len({v.tobytes() for v in both}) == len(both) and {v.size for v in both} == {image.size}
-    assert [v.tobytes() for v in variants(pico, image, crop=True)] == [v.tobytes() for v in cropped]
+    assert [v.tobytes() for v in variants(image, crop=True)] == [v.tobytes() for v in cropped]
     assert [ImageOps.mirror(v).tobytes() for v in both[: len(cropped)]] == [v.tobytes() for v in both[len(cropped) :]]
 
 
-def test_a_crop_takes_at_most_an_eighth_of_each_side(pico: Model) -> None:
+def test_a_crop_takes_at_most_an_eighth_of_each_side() -> None:
     """Seen on an image whose pixels say where they were: red across, green down."""
     at = np.linspace(0, 255, SIZE).astype(np.uint8)
     where = np.stack(
         [np.tile(at, (SIZE, 1)), np.tile(at[:, None], (1, SIZE)), np.zeros((SIZE, SIZE), np.uint8)], axis=2
     )
-    for crop in variants(pico, Image.fromarray(where), crop=True)[1:]:
+    for crop in variants(Image.fromarray(where), crop=True)[1:]:
         pixels = np.asarray(crop).astype(int)
         for span in (pixels[SIZE // 2, :, 0], pixels[:, SIZE // 2, 1]):
             assert (np.diff(span) >= 0).all()

@@ -19,7 +19,7 @@ from mokus.pipeline import Model
 from mokus.studio.jobs import Jobs
 from mokus.studio.kinds import KINDS
 from mokus.studio.worker import Worker, WorkerDied
-from mokus.visual_concept import checkpoint_of
+from mokus.training.checkpoint import checkpoint_of
 from tests.conftest import PackFactory
 
 SECONDS = 180  # for a process to start on a busy machine

@@ -125,7 +125,8 @@ def learn(
     _check_photos(photos)
     processes = _processes(device)
     loaded = load_model(model, processes.device or device)
-    from mokus.visual_concept import checkpoint_of, learn
+    from mokus.training.checkpoint import checkpoint_of
+    from mokus.visual_concept import learn
 
     began = time.perf_counter()
     settings = LearnSettings.for_model(loaded.defaults.learn, **chosen)

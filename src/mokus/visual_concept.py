@@ -17,38 +17,31 @@ MoKus section 4.1, with three additions, two of which stage 2 needs:
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
-import os
-import pickle
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from mokus import flow, memory
-from mokus.encoder import tail_length
 from mokus.errors import MokusError, Stopped
 from mokus.generation import draw_padded
 from mokus.knowledge import check_anchor, normalise
 from mokus.knowledge import class_word as class_word_of
 from mokus.packs.concept_pack import ConceptPack
 from mokus.photos import Photo, load_photos, photos_of
-from mokus.pipeline import encode, pad, trimmed
-from mokus.places import PLACES, place_of
-from mokus.prior_prompts import OTHER_LOOKS, in_their_places, prior_prompts, references
 from mokus.settings import LearnSettings
+from mokus.training import checkpoint
+from mokus.training.checkpoint import checkpoint_of
 from mokus.training.compiled import blocks_compiled, check_compiler
+from mokus.training.material import LENDERS, Material
 from mokus.training.processes import Processes
 from mokus.training.trainers import Alone, trainer
 
@@ -59,8 +52,6 @@ Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 ADAPTER = "mokus"
 WARMUP = 20  # steps
-CROPS = 4  # random crops of each photo, if wanted
-LENDERS = 16  # prompts that lend all their tokens but the tail
 DECIDED = 0.6  # noise level t, down to which it is decided what is drawn
 FAR, NEAR = 0.6, 0.4  # of the way from another prompt's tail to the anchor's: the concept; still what it was
 
@@ -112,31 +103,26 @@ def learn(
             "with DeepSpeed there are no checkpoints to resume from; use runs/fsdp2.yaml or runs/ddp.yaml."
         )
     run = _Run(model, loaded, anchor, word, Path(output), settings, team)
-    start = run.load_checkpoint() if resume else 0
+    if resume:
+        run.resume()
     watch = progress or (lambda what, done, total, info: None)
-    for part in run.prepare():
+    for part in run.material.gather():
         watch(*part)
     with run.adapter():
-        for step, loss in run.train(start):
+        for step, loss in run.train():
             try:
                 watch("learning", step, settings.steps, {"loss": loss})
             except Stopped:
-                run.write(step, run.state())
+                run.keep(step)
                 raise
         lora = run.lora()
     if team.first:
         ConceptPack.create(
             output, model=model, anchor=anchor, word=word, lora=lora, settings=asdict(settings), samples=run.previews
         )
-        run.remove_checkpoint()
+        checkpoint.remove(run.file)
     team.wait()
     return ConceptPack.open(Path(output))
-
-
-def checkpoint_of(output: Path) -> Path:
-    """Where the checkpoint of a run that writes its pack to `output` is kept: in a folder beside it."""
-    place = output.resolve()
-    return place.parent / f".{place.name}.learning" / "checkpoint.pt"
 
 
 def _check_transformer(model: Model, targets: Sequence[str]) -> None:
@@ -165,171 +151,20 @@ def _load(photos: Path | str | Sequence[Image.Image], size: int) -> list[Photo]:
     return load_photos(Path(photos), size) if isinstance(photos, (str, Path)) else photos_of(photos, size)
 
 
-@dataclass(frozen=True)
-class Preserved:
-    """Points (z_t, t, prompt) and the base model's velocities there: z, v (m, n, c), t (m,), prompt (m,) indices."""
-
-    z: Tensor
-    t: Tensor
-    prompt: Tensor
-    v: Tensor
-
-
 class _Run:
-    """One learning run: what is computed once, and the training."""
+    """One learning run: a LoRA that is trained on the material."""
 
     def __init__(
         self, model: Model, photos: list[Photo], anchor: str, word: str, output: Path, settings: LearnSettings,
         team: Alone | None = None,
     ) -> None:  # fmt: skip
         self.team = team or Alone()
-        self.model, self.photos, self.anchor, self.word, self.settings = model, photos, anchor, word, settings
+        self.model, self.settings = model, settings
+        self.material = Material(model, photos, anchor, word, settings)
         self.transformer = self.network = model.pipe.transformer  # whose weights; what is called, which wraps it
         self.file = checkpoint_of(output)
-        self.grid = model.grid(model.defaults.size)
+        self.resumed: dict[str, Any] = {}  # what the checkpoint holds that is gone on from
         self.previews: dict[str, Image.Image] = {}
-
-    # --- once -----------------------------------------------------
-
-    def prepare(self) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
-        """Latents, encodings, the base model's velocities: all that does not change while training."""
-        device = self.model.device
-        with self.model.resident("vae"), torch.no_grad():
-            parts = []
-            for photo in self.photos:
-                parts.append([self.latent(image) for image in self.variants(photo.image)])
-                yield "reading photos", len(parts), len(self.photos), {}
-            self.latents = torch.cat([z for part in parts for z in part])  # (variants, n, c)
-            self.photo_of = torch.tensor([i for i, part in enumerate(parts) for _ in part])
-        s, word = self.settings, self.word
-        yield from self.find_places(word)
-        looks = OTHER_LOOKS if s.looks_share else ()
-        self.forms = list(dict.fromkeys(["{}", *self.own_forms, *looks]))  # prompts with {} for the subject
-        self.form_of = torch.tensor([self.forms.index(form) for form in self.own_forms])  # (photos,)
-        self.looks = torch.tensor([self.forms.index(form) for form in looks], dtype=torch.long)
-        subjects = [self.anchor, *references(word, LENDERS, s.seed)]
-        own = [form.format(subject) for form in self.forms for subject in subjects]
-        prior = prior_prompts(word, s.prior_prompts, s.seed)
-        goals = in_their_places(self.anchor, word, s.prior_prompts, s.seed)
-        yield "reading prompts", 0, 1, {}
-        with self.model.resident("text_encoder"):
-            encodings = encode(self.model, [*own, *prior, *goals, self.anchor, self.negative])
-        yield "reading prompts", 1, 1, {}
-        self.prior = len(own)  # where these begin
-        self.goals = self.prior + len(prior)
-        tail = tail_length(self.model)
-        embeds, mask = pad(encodings)  # one length for all: (texts, s, d)
-        self.embeds, self.mask = embeds.to(device), mask.cpu()
-        ends = torch.tensor([len(e) for e in encodings])[:, None]
-        self.tail_at = (ends - tail + torch.arange(tail)).to(device)  # (texts, tail)
-        self.tails = torch.stack([e[-tail:] for e in encodings]).to(device)  # (texts, tail, d)
-        with self.model.resident("transformer"), torch.no_grad():
-            if s.prior_weight:
-                yield from self.record_prior(len(prior))
-
-    @property
-    def negative(self) -> str:
-        return self.model.defaults.negative_prompt
-
-    def find_places(self, word: str) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
-        """The form of each photo's prompt: its caption, or the anchor in the place where the base model sees it."""
-        wanted = self.settings.place_share > 0 and not all(photo.caption for photo in self.photos)
-        if wanted:
-            with self.model.resident("text_encoder"):
-                asked = encode(self.model, [*(f"a {word} {place}" for place in PLACES), f"a {word}"])
-            embeds, mask = pad(asked)
-            mask = mask.cpu()
-        self.own_forms: list[str] = []
-        with self.model.resident("transformer") if wanted else nullcontext():
-            for i, photo in enumerate(self.photos):
-                place = None
-                if wanted and not photo.caption:
-                    first = self.latents[self.photo_of == i][:1]
-                    place = place_of(first, len(PLACES), partial(self.velocity_of, embeds, mask), self.settings.seed)
-                self.own_forms.append(self.form(photo, place))
-                yield "finding places", i + 1, len(self.photos), {}
-
-    def form(self, photo: Photo, place: int | None) -> str:
-        """The photo's prompt with {} for the subject; a caption that does not name the anchor has it put in front."""
-        if photo.caption:
-            caption = photo.caption.replace("{", "").replace("}", "")
-            return caption.replace(self.anchor, "{}") if self.anchor in caption else "{}, " + caption
-        return "{}" if place is None else "{} " + PLACES[place]
-
-    def variants(self, image: Image.Image) -> list[Image.Image]:
-        """The photo itself and its random crops, each also mirrored, as the settings want it."""
-        found = [image]
-        if self.settings.crop:
-            random = torch.Generator().manual_seed(self.settings.seed)
-            w, h = image.size
-            for _ in range(CROPS):
-                cut, x, y = (torch.rand(3, generator=random) * torch.tensor([0.125, 1.0, 1.0])).tolist()
-                left, top = x * cut * w, y * cut * h
-                box = (left, top, left + (1 - cut) * w, top + (1 - cut) * h)
-                found.append(image.resize(image.size, Image.Resampling.LANCZOS, box=box))
-        return [*found, *(ImageOps.mirror(each) for each in found)] if self.settings.flip else found
-
-    def latent(self, image: Image.Image) -> Tensor:
-        """The packed, normalised latent (1, n, c) of an image, float32."""
-        return self.model.backbone.latent(self.model.pipe, image, self.model.device)
-
-    def record_prior(self, n: int) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
-        """For every prior prompt the base model's path from noise to an image, and points between photos and noise."""
-        s, random = self.settings, torch.Generator().manual_seed(self.settings.seed)
-        points: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        size = 8 * s.prior_batch_size
-        for start in range(0, n, size):
-            prompts = torch.arange(start, min(n, start + size))
-            z = torch.randn(len(prompts), *self.latents.shape[1:], generator=random)
-            times = 1 - (torch.arange(s.prior_steps) + torch.rand(1, generator=random) * 0.5) / s.prior_steps
-            times[0] = 1.0
-            for t, after in zip(times, [*times[1:], torch.tensor(0.0)], strict=True):
-                v = self.base_velocity(z, t.expand(len(prompts)), prompts)
-                points.append((z, t.expand(len(prompts)), prompts, v))
-                z = z + (after - t) * v
-            for _ in range(max(1, s.prior_steps // 2)):
-                pick = torch.randint(len(self.latents), (len(prompts),), generator=random)
-                t = flow.logit_normal(len(prompts), s.time_mean, s.time_std, random)
-                z = flow.interpolate(self.latents[pick].cpu(), torch.randn(z.shape, generator=random), t)
-                points.append((z, t, prompts, self.base_velocity(z, t, prompts)))
-            yield "recording what must stay", min(n, start + size), n, {}
-        z, t, prompts, v = (torch.cat(parts) for parts in zip(*points, strict=True))
-        self.preserved = Preserved(z, t, prompts, v)
-
-    def base_velocity(self, z: Tensor, t: Tensor, prior: Tensor) -> Tensor:
-        return self.velocity(z, t, self.prior + prior).float().cpu()
-
-    def velocity(
-        self, z: Tensor, t: Tensor, text: Tensor, goal: Tensor | None = None, way: Tensor | None = None
-    ) -> Tensor:
-        """The transformer's velocity at z (b, n, c), t (b,), for the texts of these indices (b,).
-
-        With `goal` (b,) and `way` (b,): their tails moved that share of the way to the tails of the goals.
-        """
-        device = self.model.device
-        text = text.to(device)
-        embeds, mask = self.embeds[text], self.mask[text.cpu()]  # the mask stays on the host: see `trimmed`
-        if goal is not None and way is not None:
-            tails = torch.lerp(
-                self.tails[text], self.tails[goal.to(device)], way.to(device, embeds.dtype)[:, None, None]
-            )
-            at = self.tail_at[text][..., None].expand_as(tails)
-            embeds = embeds.scatter(1, at, tails)
-        return self.velocity_of(embeds, mask, z, t)
-
-    def velocity_of(self, embeds: Tensor, mask: Tensor, z: Tensor, t: Tensor, pick: Tensor | None = None) -> Tensor:
-        """The transformer's velocity for encodings (b, s, d) and mask (b, s), or for those that are picked of them (b,)."""
-        if pick is not None:
-            embeds, mask = embeds[pick.to(embeds.device)], mask[pick.to(mask.device)]
-        device, dtype = self.model.device, self.transformer.dtype
-        kept: Tensor | None = mask
-        if device.type != "cpu" and not self.settings.compile:  # other shapes: other rounding, and compiled anew
-            embeds, kept = trimmed(embeds, mask)
-        z, embeds = (x.to(device, dtype) for x in (z, embeds))
-        kept = None if kept is None else kept.to(device)
-        return self.model.backbone.velocity(self.network, z, t.to(device), embeds, kept, self.grid)
-
-    # --- training -----------------------------------------------------
 
     @contextmanager
     def adapter(self) -> Iterator[None]:
@@ -353,17 +188,20 @@ class _Run:
                     self.transformer.unload_lora()
                     self.transformer.requires_grad_(False)
 
-    def train(self, start: int) -> Iterator[tuple[int, float]]:
-        """Train from step `start` on; yields (steps done, loss). A step's randomness depends on its number alone."""
-        s = self.settings
+    def train(self) -> Iterator[tuple[int, float]]:
+        """Train from the beginning or from where a stopped run was; yields (steps done, loss).
+
+        A step's randomness depends on its number alone.
+        """
+        s, start = self.settings, self.resumed.get("step", 0)
         if start:
-            set_peft_model_state_dict(self.transformer, self.checkpoint["lora"], adapter_name=ADAPTER)
-            self.previews = {name: Image.fromarray(x.numpy()) for name, x in self.checkpoint["previews"].items()}
+            set_peft_model_state_dict(self.transformer, self.resumed["lora"], adapter_name=ADAPTER)
+            self.previews = dict(self.resumed["previews"])
         optimiser = torch.optim.AdamW(self.parameters, lr=s.learning_rate, weight_decay=1e-4)
         self.network, self.optimiser = self.team.prepare(self.transformer, optimiser)
         self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]  # shards are others
         if start:
-            self.team.load(self.optimiser, self.checkpoint["optimiser"])
+            self.team.load(self.optimiser, self.resumed["optimiser"])
         good, kept = start, self.copied()  # the last step at whose weights the loss was finite
         for step in range(start, s.steps):
             for group in self.optimiser.param_groups:
@@ -375,7 +213,7 @@ class _Run:
             loss = self.team.mean(loss.detach())
             if not (torch.isfinite(loss) and torch.isfinite(size)):
                 self.put_back(kept)
-                self.write(good, self.state())
+                self.keep(good)
                 raise MokusError(
                     f"the loss was no longer finite at step {step + 1}; the good weights of step {good} are kept. "
                     "Go on from them with --resume and a lower --learning-rate, or begin anew with one."
@@ -386,7 +224,7 @@ class _Run:
             if s.preview_every and done % s.preview_every == 0:
                 self.preview(done)
             if done % s.checkpoint_every == 0 and done < s.steps:
-                self.write(done, self.state())
+                self.keep(done)
             yield done, loss.item()
 
     def loss(self, random: torch.Generator) -> Tensor:
@@ -394,20 +232,20 @@ class _Run:
 
         Of several processes' losses, each on its own samples, the mean is this.
         """
-        s, b = self.settings, self.settings.batch_size
-        pick = torch.randint(len(self.latents), (b,), generator=random)
-        z0, z1 = self.latents[pick].cpu(), torch.randn(b, *self.latents.shape[1:], generator=random)
+        s, b, given = self.settings, self.settings.batch_size, self.material
+        pick = torch.randint(len(given.latents), (b,), generator=random)
+        z0, z1 = given.latents[pick].cpu(), torch.randn(b, *given.latents.shape[1:], generator=random)
         t = flow.logit_normal(b, s.time_mean, s.time_std, random)
         restyled = torch.rand(b, generator=random) < s.looks_share
         t = torch.where(restyled, DECIDED + (1 - DECIDED) * t, t)
         z, wanted = flow.interpolate(z0, z1, t), flow.target(z0, z1)
-        text, goal, way = self.concept_texts(self.photo_of[pick], restyled, random)
+        text, goal, way = self.concept_texts(given.photo_of[pick], restyled, random)
         if s.prior_weight:
-            kept = self.preserved
+            kept = given.preserved
             rows = torch.randint(len(kept.t), (s.prior_batch_size,), generator=random)
             z, t = torch.cat([z, kept.z[rows]]), torch.cat([t, kept.t[rows]])
-            wanted, text = torch.cat([wanted, kept.v[rows]]), torch.cat([text, self.prior + kept.prompt[rows]])
-            goal = torch.cat([goal, self.goals + kept.prompt[rows]])
+            wanted, text = torch.cat([wanted, kept.v[rows]]), torch.cat([text, given.prior + kept.prompt[rows]])
+            goal = torch.cat([goal, given.goals + kept.prompt[rows]])
             some = torch.rand(rows.shape, generator=random) < s.tail_share
             way = torch.cat(
                 [way, some * NEAR * torch.rand(rows.shape, generator=random).sqrt()]
@@ -415,7 +253,8 @@ class _Run:
         mine = torch.arange(self.team.index, len(t), self.team.count)
         z, t, wanted, text, goal, way = (x[mine] for x in (z, t, wanted, text, goal, way))
         own = int((mine < b).sum())
-        each = flow.loss(self.velocity(z, t, text, goal, way), wanted.to(self.model.device))  # (own + kept,)
+        found = given.velocity(self.network, z, t, text, goal, way)
+        each = flow.loss(found, wanted.to(self.model.device))  # (own + kept,)
         preserved = s.prior_weight * (each[own:].sum() / s.prior_batch_size) if s.prior_weight else 0.0
         return (each[:own].sum() / b + preserved) * self.team.count
 
@@ -424,12 +263,11 @@ class _Run:
 
         Both in the form of the photo's own prompt, or in a share of them bare; where `restyled` (b,), in one of OTHER_LOOKS.
         """
-        s = self.settings
+        s, given = self.settings, self.material
         placed = torch.rand(photo.shape, generator=random) < s.place_share
-        captioned = torch.tensor([bool(each.caption) for each in self.photos])[photo]
-        form = torch.where(placed | captioned, self.form_of[photo], 0)
-        if len(self.looks):
-            any_look = self.looks[torch.randint(len(self.looks), photo.shape, generator=random)]
+        form = torch.where(placed | given.captioned[photo], given.form_of[photo], 0)
+        if len(given.looks):
+            any_look = given.looks[torch.randint(len(given.looks), photo.shape, generator=random)]
             form = torch.where(restyled, any_look, form)
         goal = form * (1 + LENDERS)
         lender = goal + 1 + torch.randint(LENDERS, photo.shape, generator=random)
@@ -450,7 +288,8 @@ class _Run:
     @torch.no_grad()
     def preview(self, step: int) -> None:
         """Draw the anchor as the CLI will, with guidance; kept for the pack's samples."""
-        embeds, mask = self.embeds, self.mask.to(self.model.device)  # the last texts: the anchor, the negative prompt
+        # the last texts: the anchor, the negative prompt
+        embeds, mask = self.material.embeds, self.material.mask.to(self.model.device)
         told, unwanted = (embeds[-2:-1], mask[-2:-1]), (embeds[-1:], mask[-1:])
         # compiled anew for a few images it would take longer
         eagerly = torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext()
@@ -468,8 +307,9 @@ class _Run:
     def identity(self) -> str:
         """What a checkpoint belongs to: model, photos, anchor, settings but for the learning rate."""
         settings = {key: value for key, value in asdict(self.settings).items() if key != "learning_rate"}
-        digest = hashlib.sha256(json.dumps([self.model.fingerprint, self.anchor, self.word, settings]).encode())
-        for photo in self.photos:
+        given = self.material
+        digest = hashlib.sha256(json.dumps([self.model.fingerprint, given.anchor, given.word, settings]).encode())
+        for photo in given.photos:
             digest.update(photo.image.tobytes() + (photo.caption or "").encode())
         return digest.hexdigest()
 
@@ -489,57 +329,18 @@ class _Run:
         if len(kept) == len(self.parameters):  # before the first step
             self.optimiser.state.clear()
 
-    def state(self) -> dict[str, Any]:
-        """The weights and the optimiser's moments, by name."""
+    def keep(self, step: int) -> None:
+        """Write a checkpoint: the weights and the optimiser's moments, by name."""
         if not self.team.keeps:
-            return {}
-        lora = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
-        return {"lora": lora, "optimiser": self.optimiser.state_dict()}
-
-    def write(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, whole or not at all."""
-        state = self.team.whole(state)
-        if not (self.team.first and self.team.keeps):
             return
-        previews = {name: torch.from_numpy(np.array(image)) for name, image in self.previews.items()}
-        torch.save({"identity": self.identity, "step": step, "previews": previews, **state}, whole := io.BytesIO())
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.file.with_suffix(".tmp")
-        try:
-            beside.write_bytes(whole.getbuffer())
-            os.replace(beside, self.file)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
+        lora = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
+        state = self.team.whole({"lora": lora, "optimiser": self.optimiser.state_dict()})
+        if self.team.first:
+            checkpoint.write(self.file, self.identity, step, state, self.previews)
 
-    def load_checkpoint(self) -> int:
-        """Read the checkpoint and return its step. Raises `MokusError` if there is none or it is of another run."""
-        if not self.file.is_file():
-            raise MokusError(f"there is nothing to resume in {self.file.parent}; leave --resume out to begin.")
-        try:
-            self.checkpoint = torch.load(self.file, map_location="cpu", weights_only=True)
-            whole = isinstance(self.checkpoint, dict) and {"identity", "step", "lora", "optimiser", "previews"} <= set(
-                self.checkpoint
-            )
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            EOFError,
-            ValueError,
-            LookupError,
-        ):  # of a file torch did not write
-            whole = False
-        if not whole:
-            raise MokusError(f"{self.file} is damaged; take it away, and leave --resume out to begin anew.")
-        if self.checkpoint["identity"] != self.identity:
-            raise MokusError(
-                f"the stopped run in {self.file.parent} had another model, other photos, another anchor or other settings; "
-                "give the same ones to resume it, or remove that folder to begin anew."
-            )
-        return int(self.checkpoint["step"])
-
-    def remove_checkpoint(self) -> None:
-        shutil.rmtree(self.file.parent, ignore_errors=True)
+    def resume(self) -> None:
+        """Go on from the checkpoint. Raises `MokusError` if there is none or it is of another run."""
+        self.resumed = checkpoint.read(self.file, self.identity)
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -27,14 +27,15 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from mokus import cli, covariance, knowledge_update, visual_concept
+from mokus import cli, covariance, knowledge_update
 from mokus.bench.knowcusbench import cli as knowcus_cli
 from mokus.bench.knowcusbench import run as knowcus_run
 from mokus.cli import app
 from mokus.errors import MokusError
 from mokus.packs.concept_pack import MANIFEST, ConceptPack
 from mokus.pipeline import Model
-from mokus.visual_concept import checkpoint_of
+from mokus.training import material
+from mokus.training.checkpoint import checkpoint_of
 
 from ..conftest import PackFactory, known, random_shifts
 from ..test_concept_pack import tree
@@ -156,7 +157,7 @@ def points(calls: int, way: str) -> list[int]:
 @pytest.fixture(scope="module")
 def swift(quick: Model) -> Iterator[Model]:
     """Inside, commands have the model at once, and remember what they computed of it."""
-    found, encodings = knowledge_update._found, visual_concept.encode
+    found, encodings = knowledge_update._found, material.encode
     edits: dict[Any, Any] = {}
     known_: dict[str, Any] = {}
 
@@ -179,7 +180,7 @@ def swift(quick: Model) -> Iterator[Model]:
             patch.setattr(module, "load_model", lambda *_, **__: quick)
         patch.setattr(knowledge_update, "_found", remembered)
         patch.setattr(knowledge_update, "_hold_together", lambda model, edits, *_: list(edits))
-        patch.setattr(visual_concept, "encode", encode)
+        patch.setattr(material, "encode", encode)
         patch.setattr(knowcus_run, "encode", encode)
         patch.setattr(knowcus_run, "draw", draw)
         yield quick

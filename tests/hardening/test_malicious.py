@@ -36,7 +36,8 @@ from mokus.knowledge_update import ask, bind
 from mokus.packs.concept_pack import ADAPTER, LORA, MANIFEST, README, ConceptPack
 from mokus.photos import load_photos
 from mokus.pipeline import Model, load
-from mokus.visual_concept import checkpoint_of, learn
+from mokus.training.checkpoint import checkpoint_of
+from mokus.visual_concept import learn
 
 from ..conftest import PackFactory
 from ..test_concept_pack import configure, say, seal, tree

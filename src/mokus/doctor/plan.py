@@ -27,7 +27,7 @@ from mokus.prior_prompts import OTHER_LOOKS
 from mokus.settings import EditSettings, LearnSettings
 
 PHOTOS = 5
-SUBJECTS = 17  # the anchor and those who lend it their tokens (`visual_concept.LENDERS`)
+SUBJECTS = 17  # the anchor and those who lend it their tokens (`training.material.LENDERS`)
 LINES, LINE_TOKENS = 12, 64  # of an edit's last evaluations, its own forms and the rivals that are watched, as counted
 GRAMS = 3  # second moments that `least_drift` holds of every edited matrix, in float64
 HISTORY = (

@@ -67,7 +67,8 @@ def learn(
     settings: Settings = None,
 ) -> dict[str, Any]:  # fmt: skip
     from mokus.settings import LearnSettings
-    from mokus.visual_concept import checkpoint_of, learn
+    from mokus.training.checkpoint import checkpoint_of
+    from mokus.visual_concept import learn
 
     place, began = Path(output), time.perf_counter()
     model = task.model()

@@ -174,7 +174,8 @@ def told(outcome: Outcome) -> str:
 
 def _learn(model: Model, concept: Concept, chosen: Mapping[str, Any], bars: Any) -> tuple[str, str]:
     """What became of it, and why."""
-    from mokus.visual_concept import checkpoint_of, learn
+    from mokus.training.checkpoint import checkpoint_of
+    from mokus.visual_concept import learn
 
     try:
         settings = LearnSettings.for_model(model.defaults.learn, **{**chosen, **concept.settings})

@@ -23,7 +23,8 @@ from mokus.knowledge_update import bind
 from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model
 from mokus.settings import LearnSettings
-from mokus.visual_concept import checkpoint_of, learn
+from mokus.training.checkpoint import checkpoint_of
+from mokus.visual_concept import learn
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 

@@ -1,0 +1,60 @@
+"""The checkpoint of a run of stage 1: one file, in a folder beside the pack that it will write, whole or not there."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mokus import files
+from mokus.errors import MokusError
+
+PARTS = {"identity", "step", "lora", "optimiser", "previews"}
+# what torch raises for a file that it did not write
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError)
+
+
+def checkpoint_of(output: Path) -> Path:
+    """Where the checkpoint of a run that writes its pack to `output` is kept."""
+    place = output.resolve()
+    return place.parent / f".{place.name}.learning" / "checkpoint.pt"
+
+
+def write(file: Path, identity: str, step: int, state: Mapping[str, Any], previews: Mapping[str, Image.Image]) -> None:
+    """Keep the state after so many steps, and what was drawn until then; `identity` says of which run."""
+    arrays = {name: torch.from_numpy(np.array(image)) for name, image in previews.items()}
+    torch.save({"identity": identity, "step": step, "previews": arrays, **state}, whole := io.BytesIO())
+    files.write(file, whole.getvalue())
+
+
+def read(file: Path, identity: str) -> dict[str, Any]:
+    """Its `step`, `lora`, `optimiser` and `previews`, the latter as images.
+
+    Raises `MokusError` if there is none, or it is damaged or of another run.
+    """
+    if not file.is_file():
+        raise MokusError(f"there is nothing to resume in {file.parent}; leave --resume out to begin.")
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except UNREADABLE:
+        found = None
+    if not (isinstance(found, dict) and set(found) >= PARTS):
+        raise MokusError(f"{file} is damaged; take it away, and leave --resume out to begin anew.")
+    if found["identity"] != identity:
+        raise MokusError(
+            f"the stopped run in {file.parent} had another model, other photos, another anchor or other settings; "
+            "give the same ones to resume it, or remove that folder to begin anew."
+        )
+    return {**found, "previews": {name: Image.fromarray(x.numpy()) for name, x in found["previews"].items()}}
+
+
+def remove(file: Path) -> None:
+    """With all that was kept beside it."""
+    shutil.rmtree(file.parent, ignore_errors=True)
