@@ -34,7 +34,8 @@ from mokus.generation import generate
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS
 from mokus.knowledge_update import Edit, bind
 from mokus.miniature import language, oracle, world
-from mokus.packs.concept_pack import ConceptPack, versions
+from mokus.packs.concept_pack import ConceptPack
+from mokus.packs.manifest import versions
 from mokus.pipeline import Model
 from mokus.settings import EditSettings, LearnSettings
 from mokus.visual_concept import learn

@@ -25,7 +25,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from mokus import pipeline
 from mokus.low_rank import LowRankShift
 from mokus.miniature import mmdit, text_encoder, tokenizer, vae
-from mokus.packs.concept_pack import BoundKnowledge, ConceptPack
+from mokus.packs.concept_pack import ConceptPack
+from mokus.packs.manifest import BoundKnowledge
 
 SIZE, STEPS = 32, 2
 LAYERS, BLOCKS = 4, 2

@@ -23,7 +23,8 @@ from mokus import low_rank
 from mokus.encoder import prefix_length, token_ids
 from mokus.errors import MokusError
 from mokus.knowledge import check_encodable, check_text
-from mokus.packs.concept_pack import ConceptPack, versions
+from mokus.packs.concept_pack import ConceptPack
+from mokus.packs.manifest import versions
 from mokus.packs.together import chosen, shifts_of
 from mokus.pipeline import Model, encode, pad
 

@@ -30,7 +30,8 @@ from mokus.settings import EditSettings
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mokus.packs.concept_pack import BoundKnowledge, ConceptPack
+    from mokus.packs.concept_pack import ConceptPack
+    from mokus.packs.manifest import BoundKnowledge
     from mokus.pipeline import Model
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
@@ -336,7 +337,7 @@ def _fails(model: Model, known: BoundKnowledge, shifts: Shifts, settings: EditSe
 
 
 def _bound(edit: Edit) -> BoundKnowledge:
-    from mokus.packs.concept_pack import BoundKnowledge
+    from mokus.packs.manifest import BoundKnowledge
 
     return BoundKnowledge(
         text=edit.knowledge, questions=edit.questions, answer=edit.answer, editor=edit.settings["editor"],

@@ -14,7 +14,8 @@ from mokus.low_rank import applied
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from mokus.packs.concept_pack import BoundKnowledge, ConceptPack
+    from mokus.packs.concept_pack import ConceptPack
+    from mokus.packs.manifest import BoundKnowledge
     from mokus.pipeline import Model
 
 BOUND, NEAR, OTHER = "bound", "one word off", "another"

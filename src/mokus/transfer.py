@@ -25,7 +25,7 @@ from mokus.generation import generate
 from mokus.knowledge import QUESTION_FORMS, check_text, hidden, normalise
 from mokus.knowledge_update import Edit, Progress, answer_of, ask, check_meaning, edit
 from mokus.low_rank import Shifts, applied
-from mokus.packs.concept_pack import versions
+from mokus.packs.manifest import versions
 from mokus.pictures import grid, png_of
 from mokus.settings import EditSettings
 from mokus.yaml_list import entries

@@ -23,7 +23,7 @@ from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.low_rank import Shifts, applied
 from mokus.miniature import oracle
-from mokus.packs.concept_pack import versions
+from mokus.packs.manifest import versions
 from mokus.pipeline import Model
 from mokus.settings import EditSettings
 

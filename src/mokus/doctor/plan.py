@@ -25,9 +25,9 @@ from mokus.pipeline import COMPONENTS
 from mokus.places import NOISES, PLACES
 from mokus.prior_prompts import OTHER_LOOKS
 from mokus.settings import EditSettings, LearnSettings
+from mokus.training.material import LENDERS
 
 PHOTOS = 5
-SUBJECTS = 17  # the anchor and those who lend it their tokens (`training.material.LENDERS`)
 LINES, LINE_TOKENS = 12, 64  # of an edit's last evaluations, its own forms and the rivals that are watched, as counted
 GRAMS = 3  # second moments that `least_drift` holds of every edited matrix, in float64
 HISTORY = (
@@ -290,7 +290,7 @@ def _beside(
         ]
     if task == "bind":
         return [("finding edits", ("text_encoder",), _edit_beside(shape, dtype))]
-    texts = (1 + PHOTOS + len(OTHER_LOOKS)) * SUBJECTS + 2 * learning.prior_prompts
+    texts = (1 + PHOTOS + len(OTHER_LOOKS)) * (1 + LENDERS) + 2 * learning.prior_prompts
     held = texts * TOKENS * int(shape.configs["transformer"]["joint_attention_dim"]) * dtype.itemsize
     recorded = max(8 * learning.prior_batch_size if learning.prior_weight else 1, NOISES)
     samples = learning.batch_size + (learning.prior_batch_size if learning.prior_weight else 0)

@@ -24,26 +24,21 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from safetensors.torch import save as bytes_of
 from torch import Tensor, nn
 
 import mokus
-from mokus.backbone import BACKBONES, QWEN_IMAGE
 from mokus.errors import MokusError
-from mokus.knowledge import LONGEST_TEXT, NOTHING_SEEN, class_word, hidden
+from mokus.knowledge import class_word
 from mokus.low_rank import LowRankShift, Shifts, added
 from mokus.packs.card import card
 from mokus.packs.files import (
     ADAPTER,
     ADAPTER_CONFIG,
-    FILE,
     LOCK_SECONDS,
     LORA,
     MANIFEST,
@@ -63,12 +58,11 @@ from mokus.packs.files import (
     swap,
     sync_folder,
 )
+from mokus.packs.manifest import BoundKnowledge, Manifest, parse, versions
 from mokus.packs.weights import (
     ADAPTER_KEY,
     LORA_KEY,
-    MAX_RANK,
     METADATA,
-    MODULE,
     adapter_config,
     adapter_tensors,
     check_factors,
@@ -82,102 +76,7 @@ from mokus.pictures import png_of
 if TYPE_CHECKING:
     from mokus.pipeline import Model
 
-DEEPEST = 40  # lists and mappings inside each other in a manifest
 READ_ATTEMPTS = 20  # of a pack that another process is rewriting
-
-
-# --- what mokus.json says ---------------------------------------------------------
-
-
-def _printable(text: str) -> str:
-    if NOTHING_SEEN.fullmatch(text):
-        raise ValueError("expected one line of printable text, got nothing to be seen")
-    if odd := hidden(text):
-        raise ValueError(f"expected one line of printable text, got {odd}")
-    return text
-
-
-def _known_pipeline(name: str) -> str:
-    if name not in BACKBONES:
-        raise ValueError(f"expected one of {', '.join(BACKBONES)}, got {name[:60]!r}")
-    return name
-
-
-_Line = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
-_Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
-_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-_ModulePath = Annotated[str, Field(pattern=f"^{MODULE}$")]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class BoundKnowledge(_Strict):
-    """One piece of knowledge in a pack, and how it was bound."""
-
-    text: _Line
-    questions: list[_Text]
-    answer: _Line  # what it means now: the pack's anchor or, in a pack of words, what these words are replaced by
-    editor: _Text
-    eta: float
-    steps: int = Field(ge=0)
-    read_back: _Text  # what the text encoder answered the first question with
-    alignment: float = Field(ge=0, le=1)  # how far image prompts' encodings moved to the anchor's
-    settings: dict[str, JsonValue] = Field(default_factory=dict)  # all of stage 2's
-    # rows of each module's adapter that are this knowledge's, in the order of the list; `replace_edits` fills it in
-    ranks: dict[_ModulePath, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(default_factory=dict)
-
-
-class _Versions(_Strict):
-    mokus: _Line
-    torch: _Line
-    diffusers: _Line
-    transformers: _Line
-    peft: _Line
-
-
-class _Defaults(_Strict):
-    size: int = Field(ge=1)
-    steps: int = Field(ge=1)
-    true_cfg_scale: float
-    negative_prompt: _Text
-
-
-class _Manifest(_Strict):
-    format: Literal[1]
-    versions: _Versions  # that the looks were learned with
-    base_model: _Line
-    fingerprint: _Sha256
-    pipeline: Annotated[str, AfterValidator(_known_pipeline)] = QWEN_IMAGE.pipeline  # not written if it is this one
-    defaults: _Defaults  # what the model is best used with, for the card
-    anchor: _Line
-    class_word: _Line
-    settings: dict[str, JsonValue]
-    knowledge: list[BoundKnowledge]
-    files: dict[Annotated[str, Field(pattern=FILE)], _Sha256]
-
-    @classmethod
-    def without_usual(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields but for those that say what is meant without them."""
-        usual = {name: field.default for name, field in cls.model_fields.items() if not field.is_required()}
-        return {name: value for name, value in fields.items() if name not in usual or value != usual[name]}
-
-    @model_validator(mode="after")
-    def _consistent(self) -> _Manifest:
-        texts = Counter(known.text for known in self.knowledge)
-        if twice := [text for text, n in texts.items() if n > 1]:
-            raise ValueError(f"the knowledge {twice[0]!r} is there twice")
-        adapter = any(known.ranks for known in self.knowledge)
-        if README not in self.files or {ADAPTER in self.files, ADAPTER_CONFIG in self.files} != {adapter}:
-            raise ValueError("the files are not those that the knowledge needs")
-        return self
-
-
-def versions() -> dict[str, str]:
-    """Of MoKus and the libraries that decide what an image looks like."""
-    libraries = {name: version(name) for name in ("diffusers", "transformers", "peft")}  # not imported: seconds
-    return {"mokus": mokus.__version__, "torch": torch.__version__, **libraries}
 
 
 # --- the pack ---------------------------------------------------------
@@ -187,7 +86,7 @@ def versions() -> dict[str, str]:
 class _Contents:
     """A pack as it was read: consistent in itself, whatever happens to the folder later."""
 
-    manifest: _Manifest
+    manifest: Manifest
     digest: str  # sha256 of mokus.json, which names every other file's: it identifies the pack
     lora: dict[str, Tensor]
     shifts: dict[str, LowRankShift]
@@ -392,7 +291,7 @@ class ConceptPack:
                 _check_fit(component, module, (b.shape[0], a.shape[1]), self.path)
 
     @property
-    def _manifest(self) -> _Manifest:
+    def _manifest(self) -> Manifest:
         return self._contents.manifest
 
     @property
@@ -401,11 +300,6 @@ class ConceptPack:
 
     def __repr__(self) -> str:
         return f"ConceptPack({str(self.path)!r}, anchor={self.anchor!r}, knowledge={[k.text for k in self.knowledge]})"
-
-
-def listed_files(manifest: bytes, complaint: str) -> list[str]:
-    """The paths that a mokus.json lists, each one that a pack may have. Raises `MokusError`, beginning with `complaint`."""
-    return sorted(_parse(manifest, complaint).files)
 
 
 def _knowledge(
@@ -467,7 +361,7 @@ def _read(place: Path) -> _Contents:
             f"{place} is no concept pack, for it has no {MANIFEST}; expected a folder that `mokus learn` wrote."
         )
     text = bytes_in(place / MANIFEST, MAX_JSON_BYTES)
-    manifest = _parse(text, f"{place / MANIFEST} is not what mokus {mokus.__version__} writes")
+    manifest = parse(text, f"{place / MANIFEST} is not what mokus {mokus.__version__} writes")
     if odd := sorted(names - {MANIFEST, *manifest.files}):
         raise MokusError(f"{place} holds {odd[0]}, which is no part of the pack; move it elsewhere.")
     if missing := sorted(manifest.files.keys() - names):
@@ -488,7 +382,7 @@ def _read(place: Path) -> _Contents:
     return _Contents(manifest, hashlib.sha256(text).hexdigest(), lora, shifts)
 
 
-def _shifts(weights: bytes, config: bytes, manifest: _Manifest, place: Path) -> dict[str, LowRankShift]:
+def _shifts(weights: bytes, config: bytes, manifest: Manifest, place: Path) -> dict[str, LowRankShift]:
     factors = check_factors(tensors_in(weights, place / ADAPTER), ADAPTER_KEY, str(place / ADAPTER))
     shifts = {module: LowRankShift(a, b) for module, (a, b) in factors.items()}
     rows: Counter[str] = Counter()
@@ -505,33 +399,6 @@ def _shifts(weights: bytes, config: bytes, manifest: _Manifest, place: Path) -> 
     return shifts
 
 
-def _parse(text: bytes, complaint: str) -> _Manifest:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number")
-
-    try:
-        value = json.loads(text, parse_constant=refuse)
-        if _depth(value) > DEEPEST:
-            raise ValueError(f"it is nested more than {DEEPEST} deep")
-        as_json(value)  # 1e999 is infinite too, and half a character cannot be written
-        return _Manifest.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))[:200]
-        raise MokusError(f"{complaint}: {where}{': ' if where else ''}{first['msg']}.") from error
-    except (ValueError, RecursionError) as error:
-        raise MokusError(f"{complaint}: it is no JSON ({error}).") from error
-
-
-def _depth(value: Any) -> int:
-    """Lists and mappings inside each other, counted without recursion."""
-    levels, row = 0, [value]
-    while row := [each for each in row if isinstance(each, (dict, list))]:
-        levels += 1
-        row = [part for each in row for part in (each.values() if isinstance(each, dict) else each)]
-    return levels
-
-
 # --- writing ---------------------------------------------------------
 
 
@@ -540,8 +407,8 @@ def _write(place: Path, fields: Mapping[str, Any], files: Mapping[str, bytes | P
     samples = [name for name in files if name.startswith("samples/")]
     contents = {**files, README: card(fields, LORA in files, samples)}
     shas = {n: sha256_of_file(c) if isinstance(c, Path) else hashlib.sha256(c).hexdigest() for n, c in contents.items()}
-    manifest = as_json({**_Manifest.without_usual(fields), "files": shas})
-    _parse(manifest, f"{place} cannot be written")  # what would not be read
+    manifest = as_json({**Manifest.without_usual(fields), "files": shas})
+    parse(manifest, f"{place} cannot be written")  # what would not be read
     beside = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     clear(place)
     try:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mokus.errors import MokusError
-from mokus.packs.concept_pack import ConceptPack, listed_files
+from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.files import FILE, MANIFEST, MAX_FILE_BYTES, MAX_JSON_BYTES, README, locked_place, swap
+from mokus.packs.manifest import parse
 from mokus.photos import load_photos
 from mokus.pictures import png_of
 
@@ -116,10 +117,8 @@ def pull(repo: str, output: str | Path | None = None, revision: str | None = Non
             if MANIFEST not in sizes:
                 raise MokusError(f"{repo} holds no concept pack, for it has no {MANIFEST}; check the name.")
             _fetch(api, repo, commit, [MANIFEST], sizes, beside)
-            names = listed_files(
-                (beside / MANIFEST).read_bytes(), f"{MANIFEST} of {repo} is not what this mokus writes"
-            )
-            _fetch(api, repo, commit, names, sizes, beside)
+            manifest = parse((beside / MANIFEST).read_bytes(), f"{MANIFEST} of {repo} is not what this mokus writes")
+            _fetch(api, repo, commit, sorted(manifest.files), sizes, beside)
         shutil.rmtree(beside / ".cache", ignore_errors=True)  # where the downloads kept their notes
         _check_whole(beside, repo)
         with locked_place(place.resolve()):

@@ -22,7 +22,7 @@ from mokus.encoder import answers
 from mokus.knowledge import questions
 from mokus.low_rank import merged
 from mokus.miniature import world
-from mokus.packs.concept_pack import versions
+from mokus.packs.manifest import versions
 from mokus.pipeline import Model
 from mokus.settings import EditSettings
 

@@ -18,7 +18,7 @@ from mokus.editors import EDITORS, editor
 from mokus.errors import MokusError
 from mokus.knowledge import questions
 from mokus.low_rank import LowRankShift, Shifts, added, collected
-from mokus.packs.concept_pack import versions
+from mokus.packs.manifest import versions
 from mokus.pipeline import Model
 from mokus.settings import EditSettings
 

@@ -25,7 +25,8 @@ from mokus.bench.knowcusbench.recipe import digest
 from mokus.errors import MokusError
 from mokus.files import read_json, write_json
 from mokus.generation import Generated, draw, looks_loaded, save_png
-from mokus.packs.concept_pack import ConceptPack, versions
+from mokus.packs.concept_pack import ConceptPack
+from mokus.packs.manifest import versions
 from mokus.pipeline import Model, encode
 
 # What may go wrong with one item while the others are fine: input that cannot be used, a pack that is damaged, memory.

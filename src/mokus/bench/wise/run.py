@@ -32,7 +32,7 @@ from mokus.generation import Generated, check_settings, draw, save_png
 from mokus.knowledge import check_text
 from mokus.knowledge_update import edit, request
 from mokus.low_rank import LowRankShift, Shifts, added, applied
-from mokus.packs.concept_pack import versions
+from mokus.packs.manifest import versions
 from mokus.pipeline import Model, encode
 from mokus.settings import EditSettings
 
