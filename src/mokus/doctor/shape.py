@@ -176,6 +176,7 @@ SHAPES: dict[str, Shape] = {}  # by their configs, for the caches
 
 
 def key_of(shape: Shape) -> str:
+    """A shape as text, equal for equal configs; the shape is found by it again."""
     key = json.dumps({name: dict(config) for name, config in shape.configs.items()}, sort_keys=True, default=str)
     SHAPES[key] = shape
     return key

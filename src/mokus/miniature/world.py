@@ -663,10 +663,12 @@ class Fact:
 
     @property
     def phrase(self) -> str:
+        """As knowledge calls it: "the favourite toy of Anna"."""
         return f"the {self.relation} of {self.person}"
 
     @property
     def possessive(self) -> str:
+        """The same the other way round: "Anna's favourite toy"."""
         return f"{self.person}'s {self.relation}"
 
 

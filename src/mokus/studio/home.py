@@ -50,14 +50,17 @@ class Home:
 
     @property
     def packs_folder(self) -> Path:
+        """Where concept packs are."""
         return self.path / "packs"
 
     @property
     def photos_folder(self) -> Path:
+        """Where uploaded photos are, a folder for each concept."""
         return self.path / "photos"
 
     @property
     def reports_folder(self) -> Path:
+        """Where reports of benchmarks are."""
         return self.path / "reports"
 
     # --- packs ---------------------------------------------------------

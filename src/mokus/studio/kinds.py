@@ -66,6 +66,7 @@ def learn(
     task: Task, photos: str, anchor: str, output: str, class_word: str | None = None, overwrite: bool = False,
     settings: Settings = None,
 ) -> dict[str, Any]:  # fmt: skip
+    """`mokus learn`: what is in the new pack, and how long it took."""
     from mokus.settings import LearnSettings
     from mokus.training.checkpoint import checkpoint_of
     from mokus.visual_concept import learn
@@ -92,6 +93,7 @@ def learn(
 def bind(
     task: Task, pack: str, knowledge: list[str], questions: list[str] | None = None, settings: Settings = None
 ) -> list[dict[str, Any]]:
+    """`mokus bind`: what became of each piece of knowledge."""
     from mokus.knowledge_update import bind
 
     opened, model = _open(pack), task.model()
@@ -103,6 +105,7 @@ def bind(
 
 
 def unbind(task: Task, pack: str, knowledge: list[str]) -> dict[str, Any]:
+    """`mokus unbind`: what is left in the pack."""
     from mokus.knowledge_update import unbind
 
     opened = _open(pack)
@@ -148,6 +151,7 @@ def generate(
     steps: int | None = None, true_cfg_scale: float | None = None, size: int | None = None,
     negative_prompt: str | None = None, batch_size: int = 8,
 ) -> list[dict[str, Any]]:  # fmt: skip
+    """`mokus generate`: the images, put on the job as they are drawn."""
     opened, model = [_open(path) for path in packs], task.model()
     drawn = _drawn(
         task, "", model, prompts, packs=opened, seeds=seeds, batch_size=batch_size, steps=steps,
@@ -188,6 +192,7 @@ def create(
     task: Task, name: str, description: str, output: str, questions: list[str] | None = None, overwrite: bool = False,
     settings: Settings = None,
 ) -> dict[str, Any]:  # fmt: skip
+    """`mokus create`: the new pack of words, and whether it took."""
     from mokus.virtual_concept import create
 
     model = task.model()
@@ -203,6 +208,7 @@ def erase(
     task: Task, concepts: list[str], output: str, replacement: str | None = None, overwrite: bool = False,
     settings: Settings = None,
 ) -> dict[str, Any]:  # fmt: skip
+    """`mokus erase`: the new pack of words, and what took."""
     from mokus.erasure import erase
 
     model = task.model()
@@ -216,6 +222,7 @@ def transfer(
     task: Task, ask: str, answer: str, prompts: Sequence[str] = (), knowledge: str | None = None,
     seeds: Sequence[int] = (0, 1, 2, 3), settings: Settings = None,
 ) -> dict[str, Any]:  # fmt: skip
+    """`mokus transfer`: what is answered and drawn, before and after."""
     from mokus.transfer import Case, run
 
     case, model = Case.of(ask, answer, prompts, knowledge), task.model()

@@ -146,6 +146,7 @@ class Server:
     # --- the endpoints ---------------------------------------------------------
 
     async def generations(self, asked: ImagesRequest, request: Request) -> dict[str, Any]:
+        """OpenAI's images: drawn now, as base64 or as addresses of `image`."""
         pack = self.models.find(asked.model)
         self._check_prompt(asked.prompt)
         n, most = asked.n or 1, min(self.limits.n, self.limits.queue)
@@ -165,6 +166,7 @@ class Server:
         }
 
     async def prompt_embeds(self, asked: EmbedsRequest) -> Response:
+        """A prompt as it is encoded with a pack, for engines that draw by themselves."""
         pack = self.models.find(asked.model)
         self._check_prompt(asked.prompt)
         self._check_prompt(asked.negative_prompt or " ", "negative_prompt")
@@ -188,14 +190,17 @@ class Server:
         })  # fmt: skip
 
     async def list_models(self) -> dict[str, Any]:
+        """The base model and every pack."""
         return {"object": "list", "data": await asyncio.to_thread(self.models.listed)}
 
     async def image(self, name: str) -> Response:
+        """One that was drawn, while it is kept."""
         if name not in self.kept:  # so it is no path either
             raise ApiError(404, "there is no such image, or it is gone; draw it again.")
         return Response((self.images / f"{name}.png").read_bytes(), media_type="image/png")
 
     async def health(self) -> dict[str, Any]:
+        """Whether images are drawn, and how many wait."""
         if self.batches.closed:
             raise ApiError(503, "the server is closing.")
         return {
@@ -206,6 +211,7 @@ class Server:
         }
 
     async def tell_metrics(self) -> Response:
+        """In Prometheus's text format."""
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     # --- inside ---------------------------------------------------------
