@@ -304,14 +304,15 @@ def full_size(file: Path = H200) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def as_it_was() -> Iterator[None]:
-    """Inside, the doctor counts an edit's rows as they were when that run was made: each padded to the longest."""
-    now = doctor.LINES, doctor.LINE_TOKENS, doctor.EVALUATED
-    doctor.LINES, doctor.LINE_TOKENS, doctor.EVALUATED = *PADDED, PADDED_TOKENS
+    """Inside, the doctor counts an edit as it was when that run was made: each row padded to the longest, and second moments
+    for gate and up each, which are entered by the same."""
+    now = doctor.LINES, doctor.LINE_TOKENS, doctor.EVALUATED, doctor.GRAMS
+    doctor.LINES, doctor.LINE_TOKENS, doctor.EVALUATED, doctor.GRAMS = *PADDED, PADDED_TOKENS, 2 * doctor.GRAMS
     doctor._edit_use.cache_clear()
     try:
         yield
     finally:
-        doctor.LINES, doctor.LINE_TOKENS, doctor.EVALUATED = now
+        doctor.LINES, doctor.LINE_TOKENS, doctor.EVALUATED, doctor.GRAMS = now
         doctor._edit_use.cache_clear()
 
 

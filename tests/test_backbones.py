@@ -26,7 +26,19 @@ from mokus import pipeline
 from mokus.backbone import BACKBONES, QWEN_IMAGE, backbone_of
 from mokus.cli import app
 from mokus.editors import editor
-from mokus.encoder import Rows, answers, in_template, module_paths, prefix_length, tail_length, tails, token_ids
+from mokus.encoder import (
+    ENTERED_ALIKE,
+    Rows,
+    answers,
+    entrance,
+    in_template,
+    inputs_of,
+    module_paths,
+    prefix_length,
+    tail_length,
+    tails,
+    token_ids,
+)
 from mokus.errors import MokusError
 from mokus.generation import draw, generate
 from mokus.knowledge_update import ask, bind, unbind
@@ -167,6 +179,17 @@ def test_what_stage_2_looks_at_is_what_the_image_transformer_is_told(model: Mode
         for one, whole in zip(ours, own, strict=True):
             assert torch.allclose(one, whole[-tail_length(model) :], atol=1e-4)
     assert not torch.allclose(*told, atol=0.1)
+
+
+def test_modules_that_count_as_entered_alike_are(model: Model) -> None:
+    """So that statistics of one of them are those of all."""
+    inside = f"{model.backbone.language_model}.layers.1"
+    names = [*ENTERED_ALIKE, *ENTERED_ALIKE.values(), "self_attn.o_proj", "mlp.down_proj"]
+    paths = [f"{inside}.{name}" for name in dict.fromkeys(names)]
+    found = inputs_of(model, ["a red ball", "it"], paths).whole
+    for path in paths:
+        alike = {other for other in paths if torch.equal(found[path], found[other])}
+        assert alike == {other for other in paths if entrance(other) == entrance(path)} and entrance(path) in alike
 
 
 def test_an_edit_above_what_is_read_is_refused_and_would_change_nothing(model: Model) -> None:

@@ -23,8 +23,10 @@ from mokus.errors import MokusError
 from mokus.pipeline import Model
 from mokus.settings import EditSettings
 
-UP, DOWN, Q = (f"model.language_model.layers.{x}" for x in ("1.mlp.up_proj", "2.mlp.down_proj", "0.self_attn.q_proj"))
-PATHS = [DOWN, UP, Q]
+GATE, DOWN, Q = (
+    f"model.language_model.layers.{x}" for x in ("1.mlp.gate_proj", "2.mlp.down_proj", "0.self_attn.q_proj")
+)
+PATHS = [DOWN, GATE, Q]
 CORPUS = Corpus(
     [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("ball", "ring", "cube in the snow")],
     ["my old lamp", "the one that sings at night", "the toy of Anna", "his book by the sea", "it"],
@@ -107,6 +109,15 @@ def test_the_gram_matrix_is_that_of_all_inputs_at_once(
         assert len(whole.said[path]) > 0 and close(found[path].behind, square(whole.behind[path]), tolerance)
 
 
+def test_modules_with_the_same_input_have_their_moments_in_common(pico: Model, cache: Path, encoded: list[int]) -> None:
+    """One matrix of them is in memory, one file on the disk, whichever of them was asked for first."""
+    up = GATE.replace("gate_proj", "up_proj")
+    found = moments(pico, [up, GATE, DOWN], CORPUS)
+    assert list(found) == [up, GATE, DOWN] and found[up].gram is found[GATE].gram is not found[DOWN].gram
+    assert len(list(cache.glob("*.safetensors"))) == 2 and encoded == list(range(CHUNKS))
+    assert equal(moments(pico, [GATE], CORPUS), {GATE: found[up]}) and len(encoded) == CHUNKS
+
+
 @pytest.mark.parametrize("corpus", [Corpus([], []), Corpus(["it"], []), Corpus([], ["it"])])
 def test_a_corpus_without_whole_prompts_or_without_tails(pico: Model, corpus: Corpus) -> None:
     whole, tails = inputs_of(pico, corpus.whole, [DOWN], said=CONTINUED), inputs_of(pico, corpus.tails, [DOWN])
@@ -148,7 +159,7 @@ def test_no_pass_takes_more_memory_than_allowed(pico: Model, monkeypatch: pytest
 
 def test_progress_goes_up_to_all_prompts(pico: Model) -> None:
     told: list[tuple[str, int, int]] = []
-    moments(pico, [UP], CORPUS, lambda what, done, total, _: told.append((what, done, total)))
+    moments(pico, [GATE], CORPUS, lambda what, done, total, _: told.append((what, done, total)))
     done = [step[1] for step in told]
     total = len(CORPUS.whole) + len(CORPUS.tails)
     assert {step[0] for step in told} == {"gathering statistics"} and {step[2] for step in told} == {total}
@@ -194,7 +205,7 @@ def test_what_is_read_comes_to_the_models_device(pico: Model) -> None:
 def test_only_the_modules_that_are_missing_are_gathered(
     pico: Model, monkeypatch: pytest.MonkeyPatch, encoded: list[int], undisturbed: dict[str, Moments]
 ) -> None:
-    moments(pico, [UP], CORPUS)
+    moments(pico, [GATE], CORPUS)
     asked: list[str] = []
     gathered = covariance._moments
 
@@ -213,8 +224,8 @@ def test_another_corpus_model_or_module_has_another_file(pico: Model) -> None:
     models = (pico, replace(pico, fingerprint="another"))
     files = {stored(model, path, corpus) for model in models for path in PATHS for corpus in (CORPUS, other)}
     assert len(files) == 12
-    assert not torch.equal(moments(pico, [UP], CORPUS)[UP].gram, moments(pico, [UP], other)[UP].gram)
-    assert stored(pico, UP).is_file() and stored(pico, UP, other).is_file()
+    assert not torch.equal(moments(pico, [GATE], CORPUS)[GATE].gram, moments(pico, [GATE], other)[GATE].gram)
+    assert stored(pico, GATE).is_file() and stored(pico, GATE, other).is_file()
 
 
 # --- stopped -----------------------------------------------------------------------------------------------------------
@@ -368,10 +379,10 @@ def test_a_damaged_file_is_found_out_and_gathered_anew(
 ) -> None:
     """Said once, with the file's name; afterwards the file is whole."""
     moments(pico, PATHS, CORPUS)
-    damage(stored(pico, UP))
+    damage(stored(pico, GATE))
     with caplog.at_level(logging.WARNING, "mokus"):
         assert equal(moments(pico, PATHS, CORPUS), undisturbed)
-    assert len(caplog.records) == 1 and str(stored(pico, UP)) in caplog.text and "gathered anew" in caplog.text
+    assert len(caplog.records) == 1 and str(stored(pico, GATE)) in caplog.text and "gathered anew" in caplog.text
     caplog.clear()
     del encoded[:]
     assert equal(moments(pico, PATHS, CORPUS), undisturbed)
@@ -382,7 +393,7 @@ def test_a_damaged_file_is_found_out_and_gathered_anew(
 def test_a_damaged_count_is_found_out(pico: Model, undisturbed: dict[str, Moments], said: dict[str, str]) -> None:
     """Else means would be of the wrong size, and chunks would be counted twice."""
     moments(pico, PATHS, CORPUS)
-    _say(stored(pico, UP), **said)
+    _say(stored(pico, GATE), **said)
     assert equal(moments(pico, PATHS, CORPUS), undisturbed)
 
 
@@ -391,11 +402,11 @@ def test_a_file_of_something_else_under_its_name(
 ) -> None:
     """Of another corpus, another model, another module of the same width."""
     other_corpus, other_model = Corpus(["a dog"], []), replace(pico, fingerprint="another")
-    moments(pico, [UP], other_corpus)
-    moments(other_model, [UP], CORPUS)
+    moments(pico, [GATE], other_corpus)
+    moments(other_model, [GATE], CORPUS)
     moments(pico, PATHS, CORPUS)
-    for foreign in (stored(pico, UP, other_corpus), stored(other_model, UP), stored(pico, Q)):
-        shutil.copy(foreign, stored(pico, UP))
+    for foreign in (stored(pico, GATE, other_corpus), stored(other_model, GATE), stored(pico, Q)):
+        shutil.copy(foreign, stored(pico, GATE))
         caplog.clear()
         with caplog.at_level(logging.WARNING, "mokus"):
             assert equal(moments(pico, PATHS, CORPUS), undisturbed)

@@ -199,7 +199,11 @@ def test_a_full_host_counts_as_well(small: Shape) -> None:
 def test_a_small_model_needs_no_plan_and_a_large_one_is_planned(small: Shape, published: Shape) -> None:
     assert doctor.fitting(small, 8 * GIB, torch.bfloat16) is memory.TIERS[0]
     assert doctor.fitting(published, 79 * GIB, torch.bfloat16).name == "selective"
-    assert doctor.fitting(published, 24 * GIB, torch.bfloat16).name == "4bit"  # binding does not fit, drawing does
+    assert doctor.fitting(published, 24 * GIB, torch.bfloat16).name == "4bit"  # all three tasks
+    chosen = doctor.plan(published, "bind", card(24), 1024).chosen
+    assert (
+        chosen is not None and chosen.tier.name == "staged"
+    )  # the encoder alone, as long as gate and up share moments
 
 
 @pytest.mark.parametrize("task, size, words", [("paint", 32, "learn, bind, generate"), ("learn", 33, "multiple of")])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mokus import covariance
 from mokus.covariance import corpus_of, moments
 from mokus.editors import EDITORS, alphaedit, editor, finetune, finetune_lora, least_drift, rewrite, settings_of, values
 from mokus.editors.least_drift import _basis
@@ -449,6 +450,24 @@ def test_no_other_change_with_the_same_outputs_drifts_less(m: int) -> None:
             other = dw + size * normal(D_OUT, D_IN, seed=seed).double() @ vanishing
             assert close(other @ h.T, dw @ h.T, 1e-4)
             assert drift(other, c) > drift(dw, c)
+
+
+def test_modules_with_the_same_input_share_what_is_computed_of_it(pico: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bits of an editor that computes it for each of them."""
+    modules = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+
+    def after_another() -> tuple[Any, Shifts]:
+        one = made("least_drift", pico, layers=[1], modules=modules)
+        before, _ = one.edit(OTHER, {})
+        one.remember(OTHER, {}, before)
+        return one, one.edit(REQUEST, before)[0]
+
+    one, shared = after_another()
+    assert len(one.paths) == 3 and len(one.grams) == len(one.earlier) == 2
+    for module in (covariance, least_drift):
+        monkeypatch.setattr(module, "entrance", lambda path: path)
+    each, own = after_another()
+    assert len(each.grams) == 3 and equal(shared, own)
 
 
 def test_the_square_of_b_is_the_drift(pico: Model, rests: list[Tensor]) -> None:

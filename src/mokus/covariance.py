@@ -1,9 +1,9 @@
 """Second moments of what enters the edited modules, over a corpus: what the editors take for "everything else".
 
-Gathered once per model and kept in the platform's cache folder (`MOKUS_CACHE` names another), one file per module. A
-file says which model, corpus and module it is of, and how far it got, so that a stopped run goes on, and what is stale,
-foreign or damaged is found out and gathered anew. Memory: two matrices (d_in, d_in) for each module of a pass, and as many
-modules in a pass as fit `MEMORY`.
+Gathered once per model and kept in the platform's cache folder (`MOKUS_CACHE` names another), one file per module or per
+several that are entered by the same. A file says which model, corpus and module it is of, and how far it got, so that a
+stopped run goes on, and what is stale, foreign or damaged is found out and gathered anew. Memory: two matrices (d_in, d_in)
+for each module of a pass, and as many modules in a pass as fit `MEMORY`.
 
 What the encoder says to a prompt counts, too: an edit that leaves all prompts where they are can still end their
 continuations otherwise, the second word of an answer first (docs/log.md).
@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mokus.encoder import CHUNK, CONTINUED, inputs_at_prefix, inputs_of, of_equal_length
+from mokus.encoder import CHUNK, CONTINUED, entrance, inputs_at_prefix, inputs_of, of_equal_length
 from mokus.errors import MokusError
 from mokus.knowledge import questions
 from mokus.prior_prompts import in_places, prior_prompts
@@ -92,17 +92,21 @@ def _odd(tokenizer: Any, n: int) -> tuple[str, ...]:
 
 
 def moments(model: Model, paths: Sequence[str], corpus: Corpus, progress: Progress | None = None) -> dict[str, Moments]:
-    """Of every module, from the cache or gathered now. `progress("gathering statistics", prompts done, all, {})`."""
+    """Of every module, from the cache or gathered now. `progress("gathering statistics", prompts done, all, {})`.
+
+    Modules that are entered by the same (`encoder.entrance`) have the same moments in common.
+    """
     folder = cache_folder() / "statistics"
+    entered = list(dict.fromkeys(map(entrance, paths)))
     found: dict[str, Moments] = {}
     with _usable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f".{_key(model, '', corpus)}.lock").acquire()  # another process may be at it
     with lock:
-        _clear(folder, [_key(model, path, corpus) for path in paths])
-        for group in _passes(model, paths):
+        _clear(folder, [_key(model, path, corpus) for path in entered])
+        for group in _passes(model, entered):
             found |= _one_pass(model, group, corpus, folder, progress)
-    return {path: found[path] for path in paths}
+    return {path: found[entrance(path)] for path in paths}
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from mokus.doctor.flops import TOKENS, image_flops, text_flops
 from mokus.doctor.machine import GIB, Machine
 from mokus.doctor.rehearsal import Use
 from mokus.doctor.shape import SHAPES, Shape, key_of
+from mokus.encoder import entrance
 from mokus.errors import MokusError
 from mokus.memory import CPU, TASKS, TIERS, Tier, after
 from mokus.pipeline import COMPONENTS
@@ -29,7 +30,7 @@ from mokus.training.material import LENDERS
 
 PHOTOS = 5
 LINES, LINE_TOKENS = 12, 64  # of an edit's last evaluations, its own forms and the rivals that are watched, as counted
-GRAMS = 3  # second moments that `least_drift` holds of every edited matrix, in float64
+GRAMS = 3  # second moments that `least_drift` holds of every input of edited matrices, in float64
 HISTORY = (
     15  # copies of all factors B, in float32, that L-BFGS holds: two of each of six steps, weights, gradient, direction
 )
@@ -321,7 +322,8 @@ def _edit_beside(shape: Shape, dtype: torch.dtype) -> float:
     edited, above = len(settings.layers), text.num_hidden_layers - 1 - max(settings.layers)
     layer = shape.with_layers(text_layers=1).build("text_encoder", dtype).model.language_model.layers[0]
     matrices = [layer.get_submodule(name) for name in settings.modules]
-    grams = GRAMS * sum(each.in_features**2 for each in matrices) * edited * 8
+    entered = {entrance(f".{name}"): each.in_features for name, each in zip(settings.modules, matrices, strict=True)}
+    grams = GRAMS * sum(width**2 for width in entered.values()) * edited * 8
     factors = HISTORY * sum(each.out_features for each in matrices) * edited * rehearsal.RANK * 4
     return float(
         grams + factors + _edit_use(key_of(shape), edited, above, tuple(settings.modules), dtype).peak

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from mokus.covariance import Moments, corpus_of, moments
 from mokus.editors.watch import KEPT_FORMS, Watch, Watched
-from mokus.encoder import CONTINUED, Entering, Rows, distance, inputs_of, last_of, module_paths, tails
+from mokus.encoder import CONTINUED, Entering, Rows, distance, entrance, inputs_of, last_of, module_paths, tails
 from mokus.goal import Goal, Meaning, Request
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, class_word, near_misses, prompts, questions
 from mokus.low_rank import LowRankShift, Shifts, added, applied, collected
@@ -82,7 +82,9 @@ class Editor:
         corpus = corpus_of(model, settings)
         known = moments(model, self.paths, corpus, progress)
         self.scale = _scale(model, known)
-        self.grams = {path: known[path].gram + BEHIND * known[path].behind for path in self.paths}
+        entered = {entrance(path): known[path] for path in self.paths}
+        self.entered = list(entered)  # rows, and A, are those of all modules with the same input
+        self.grams = {each: found.gram + BEHIND * found.behind for each, found in entered.items()}
         self.earlier = {path: torch.zeros_like(gram) for path, gram in self.grams.items()}
         self.watch = Watch(model, corpus.whole)
         self._of_class = lru_cache(maxsize=8)(self._class_rows)
@@ -104,33 +106,35 @@ class Editor:
         """See `mokus.editors.Editor`."""
         goal = Goal(self.model, request, continued=False, meaning=self._meaning(request.says, IMAGE_FORMS, False))
         after = collected(added(before, shifts))
-        rows = goal.inputs(self.paths, goal.where, after)
+        rows = goal.inputs(self.entered, goal.where, after)
         answer = self.model.tokenizer(request.answer, add_special_tokens=False).input_ids[:CONTINUED]
         kept = Rows.of(self.model, request.prompts(KEPT_FORMS), answer)
         with applied(self.model.pipe.text_encoder, after):
-            more = kept.inputs(self.model, self.paths, kept.last([goal.tail + len(answer)] * len(kept.ids)))
-        for path in self.paths:
-            self.earlier[path] += _gram(rows[path]) + _gram(more[path])
+            more = kept.inputs(self.model, self.entered, kept.last([goal.tail + len(answer)] * len(kept.ids)))
+        for each in self.entered:
+            self.earlier[each] += _gram(rows[each]) + _gram(more[each])
         self.watch.hold(request, after)
 
     def _bases(self, goal: Goal, request: Request, before: Shifts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """A (r, d_in) of every module, scaled such that ||B||^2 is its drift, and P (d_out, r) of those edited before."""
-        h = goal.inputs(self.paths, goal.where, before)
+        h = goal.inputs(self.entered, goal.where, before)
         own = [*prompts(request.says), *prompts(request.says, CHECK_FORMS), *questions(request.answer)]
-        near = inputs_of(self.model, [*own, *self._near_rows(request)], self.paths).whole
+        near = inputs_of(self.model, [*own, *self._near_rows(request)], self.entered).whole
         of_class = self._of_class(class_word(request.answer))
         bases, pulls = {}, {}
-        for path in self.paths:
-            rest = self.grams[path] + of_class[path] + _gram(near[path])
-            a = bases[path] = _basis(h[path], rest + EARLIER * self.earlier[path]) * self.scale
-            if path in before:
-                made = before[path]
-                pulls[path] = (made.B.double() @ (made.A.double() @ rest @ a.double().T)).float() / self.scale**2
+        for each in self.entered:
+            rest = self.grams[each] + of_class[each] + _gram(near[each])
+            a = _basis(h[each], rest + EARLIER * self.earlier[each]) * self.scale
+            for path in (path for path in self.paths if entrance(path) == each):
+                bases[path] = a
+                if path in before:
+                    made = before[path]
+                    pulls[path] = (made.B.double() @ (made.A.double() @ rest @ a.double().T)).float() / self.scale**2
         return bases, pulls
 
     def _class_rows(self, word: str) -> dict[str, Tensor]:
         """Gram matrices of prompts about the class word, which is where a concept leaks to."""
-        rows = inputs_of(self.model, prior_prompts(word, self.settings.preserve, seed=1), self.paths).whole
+        rows = inputs_of(self.model, prior_prompts(word, self.settings.preserve, seed=1), self.entered).whole
         return {path: _gram(x) for path, x in rows.items()}
 
     def _near_rows(self, request: Request) -> list[str]:
