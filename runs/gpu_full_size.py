@@ -43,7 +43,8 @@ import mokus
 from mokus.console import one_sentence
 from mokus.errors import MokusError
 from mokus.memory import CPU, tier
-from mokus.packs.concept_pack import ConceptPack, versions
+from mokus.packs.concept_pack import ConceptPack
+from mokus.packs.manifest import versions
 from mokus.pipeline import COMPONENTS, Defaults, Model, fingerprint
 from mokus.places import NOISES, PLACES
 from mokus.qwen_image import TEXT, TRANSFORMER, TRANSFORMER_PARAMETERS, VAE, edited_layers, random_pipeline

@@ -319,8 +319,17 @@ def test_what_a_killed_writer_left_is_in_nobodys_way(pico: Model, images: list[I
     output = tmp_path / "a.pack"
     folder = checkpoint(output).parent
     folder.mkdir()
-    (folder / "checkpoint.tmp").write_bytes(b"half")
-    assert learn(pico, images, ANCHOR, output, settings=replace(ALONE, steps=2)).lora()
+    left = folder / ".checkpoint.pt.123.tmp"  # as `files.write` calls it
+    left.write_bytes(b"half")
+    lying = []
+
+    def watch(what: str, done: int, *_: Any) -> None:
+        if what == "learning":
+            lying.append(left.exists())
+
+    settings = replace(ALONE, steps=3, checkpoint_every=2)
+    assert learn(pico, images, ANCHOR, output, settings=settings, progress=watch).lora()
+    assert lying == [True, False, False]  # the next checkpoint takes it away, so that none pile up
     assert not folder.exists()
 
 

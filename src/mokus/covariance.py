@@ -63,8 +63,8 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one module: gram = sum of x x^T (d_in, d_in), float64, over so many rows x; behind: the same over the tails of
-    whole prompts and what the encoder says to them."""
+    """Of what enters one module, or several: gram = sum of x x^T (d_in, d_in), float64, over so many rows x; behind: the same
+    over the tails of whole prompts and what the encoder says to them."""
 
     gram: Tensor
     behind: Tensor

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LONGEST_ANSWER = 24  # tokens of an answer that is read back
 CHUNK = 64  # prompts encoded at a time
 CONTINUED = 8  # tokens that are looked at, at most, of what is said to a prompt that is no question
-# modules of a layer that are entered by the same as another one
+# modules of a layer that are entered by the same as another one, in the text encoders of all families in `backbone`
 ENTERED_ALIKE = {
     "mlp.up_proj": "mlp.gate_proj", "self_attn.k_proj": "self_attn.q_proj", "self_attn.v_proj": "self_attn.q_proj",
 }  # fmt: skip
@@ -68,7 +68,7 @@ def module_paths(model: Model, settings: EditSettings) -> list[str]:
 
 
 def entrance(path: str) -> str:
-    """The one of all modules with the same input that stands for them: gate_proj for up_proj, most for themselves."""
+    """The one of all modules with the same input that stands for them: gate_proj for up_proj, most stand for themselves."""
     for name, first in ENTERED_ALIKE.items():
         if path.endswith(f".{name}"):
             return path.removesuffix(name) + first

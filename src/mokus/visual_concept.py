@@ -1,9 +1,9 @@
 """Stage 1, visual concept learning: a LoRA on the image transformer's attention binds the looks to the anchor.
 
-MoKus section 4.1, with three additions, two of which stage 2 needs:
+MoKus section 4.1, with four additions, two of which stage 2 needs:
 
 - *Prior preservation.* In every step the base model's own velocities, on other prompts, are wanted as well. They are
-  computed once, before training. Without them every reference to an unknown thing draws the concept.
+  computed once, before training (`training.material`). Without them every reference to an unknown thing draws the concept.
 - *Tail conditioning.* Stage 2 can write the anchor's meaning only into the tail of a prompt's encoding, not into the
   place of the rare token, and it gets there most of the way only, while other prompts move a little of the way too. So in
   a share of the samples the prompt is another one whose tail has come FAR or farther towards the anchor's, and among the

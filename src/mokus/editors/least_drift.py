@@ -125,7 +125,9 @@ class Editor:
         for each in self.entered:
             rest = self.grams[each] + of_class[each] + _gram(near[each])
             a = _basis(h[each], rest + EARLIER * self.earlier[each]) * self.scale
-            for path in (path for path in self.paths if entrance(path) == each):
+            for path in self.paths:
+                if entrance(path) != each:
+                    continue
                 bases[path] = a
                 if path in before:
                     made = before[path]

@@ -77,7 +77,7 @@ class _Defaults(_Strict):
 
 
 class Manifest(_Strict):
-    """All of it."""
+    """All that a mokus.json says."""
 
     format: Literal[1]
     versions: _Versions  # that the looks were learned with

@@ -1,1 +1,1 @@
-"""How stage 1 runs on more than one process, compiled, or for many concepts."""
+"""What stage 1 needs besides its loss, and how it runs on more than one process, compiled, or for many concepts."""

@@ -31,11 +31,13 @@ def write(file: Path, identity: str, step: int, state: Mapping[str, Any], previe
     """Keep the state after so many steps, and what was drawn until then; `identity` says of which run."""
     arrays = {name: torch.from_numpy(np.array(image)) for name, image in previews.items()}
     torch.save({"identity": identity, "step": step, "previews": arrays, **state}, whole := io.BytesIO())
+    for left in file.parent.glob(f".{file.name}.*.tmp"):  # by writers that were killed; there is but one at a time
+        left.unlink(missing_ok=True)
     files.write(file, whole.getvalue())
 
 
 def read(file: Path, identity: str) -> dict[str, Any]:
-    """Its `step`, `lora`, `optimiser` and `previews`, the latter as images.
+    """Its `identity`, `step`, `lora`, `optimiser` and `previews`, the latter as images.
 
     Raises `MokusError` if there is none, or it is damaged or of another run.
     """
@@ -56,5 +58,5 @@ def read(file: Path, identity: str) -> dict[str, Any]:
 
 
 def remove(file: Path) -> None:
-    """With all that was kept beside it."""
+    """Take it away, with the previews beside it."""
     shutil.rmtree(file.parent, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -66,11 +66,10 @@ class Material:
     def gather(self) -> Iterator[Part]:
         """Compute it, telling of every part that is done."""
         yield from self._read_photos()
-        places: list[int | None] = []
-        yield from self._find_places(places)
+        places = yield from self._find_places()
         yield "reading prompts", 0, 1, {}
         self._read_prompts(
-            [form_of(photo, place, self.anchor) for photo, place in zip(self.photos, places, strict=True)]
+            [prompt_form(photo, place, self.anchor) for photo, place in zip(self.photos, places, strict=True)]
         )
         yield "reading prompts", 1, 1, {}
         if self.settings.prior_weight:
@@ -129,8 +128,12 @@ class Material:
         """The packed, normalised latent (1, n, c) of an image, float32."""
         return self.model.backbone.latent(self.model.pipe, image, self.model.device)
 
-    def _find_places(self, found: list[int | None]) -> Iterator[Part]:
-        """Where the base model sees each photo; None for those with a caption, and if places are not wanted."""
+    def _find_places(self) -> Generator[Part, None, list[int | None]]:
+        """Returns where the base model sees each photo.
+
+        None for those with a caption, where no place fits better than none, and if places are not wanted.
+        """
+        found: list[int | None] = []
         wanted = self.settings.place_share > 0 and not bool(self.captioned.all())
         if wanted:
             with self.model.resident("text_encoder"):
@@ -144,6 +147,7 @@ class Material:
                     place = place_of(self.latents[self.photo_of == i][:1], len(PLACES), velocity, self.settings.seed)
                 found.append(place)
                 yield "finding places", i + 1, len(self.photos), {}
+        return found
 
     def _read_prompts(self, own: Sequence[str]) -> None:
         """Encode all that is said while training; `own`: the form of each photo's prompt."""
@@ -194,7 +198,7 @@ class Material:
         return self.velocity(self.model.pipe.transformer, z, t, self.prior + prior).float().cpu()
 
 
-def form_of(photo: Photo, place: int | None, anchor: str) -> str:
+def prompt_form(photo: Photo, place: int | None, anchor: str) -> str:
     """The photo's prompt with {} for the subject: its caption, or the subject in that place.
 
     A caption that does not name the anchor has it put in front.
