@@ -288,9 +288,9 @@ def full_size(file: Path = H200) -> Iterator[dict[str, Any]]:
     yield from _memory("bind as it was then", need, weights, found["peak_gib"])
     seconds = work.seconds("bind", peak, True)
     assert seconds is not None
-    # that run went through the layers below the first edited one in every evaluation, which an edit has not done since
+    # that run went through the layers below the first edited one in every evaluation, and whenever it looked at what is watched
     below = min(EditSettings().layers)
-    again = text_flops(shape, PADDED_TOKENS, below) - text_flops(shape, doctor.ENTERED, below)
+    again = text_flops(shape, PADDED_TOKENS + doctor.LOOKED, below) - text_flops(shape, doctor.ENTERED, below)
     then = work.tflop + again / 1e12
     yield row("H200 bind: FLOPs of an edit as it was then", "TFLOP", then, found["tflop_per_piece"])
     yield row(

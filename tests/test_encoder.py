@@ -10,6 +10,7 @@ import mokus
 from mokus import encoder, pipeline
 from mokus.encoder import (
     Entering,
+    EnteringTails,
     Lines,
     Rows,
     answers,
@@ -246,6 +247,34 @@ def test_rows_that_go_on_from_a_layer_are_encoded_as_from_the_first(pico: Model,
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, atol=1e-5 * float(one.abs().max()))
     assert len(text_encoder.model.language_model.layers) == layers
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_tails_of_prompts_that_go_on_from_a_layer(pico: Model, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Asked for again and again, with other shifts each time, while the layers below are run no more."""
+    monkeypatch.setattr(encoder, "CHUNK", chunk)
+    texts, text_encoder = [*TEXTS, "it", "a photo of a red ball in the snow", "it"], pico.pipe.text_encoder
+    layers = text_encoder.model.language_model.layers
+    lowest = min(int(path.split(".")[3]) for path in random_shifts(pico))
+    assert lowest > 0
+    runs = [0, 0]  # of the lowest layer, of the highest
+    passing = EnteringTails(pico, texts, lowest)
+    for i, layer in enumerate((layers[0], layers[-1])):
+        layer.register_forward_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    try:
+        found = []
+        for shifts in ({}, random_shifts(pico), {}):
+            with applied(text_encoder, shifts):
+                found.append(passing.tails(pico))
+        assert runs[0] == 0 < runs[1]
+    finally:
+        for layer in (layers[0], layers[-1]):
+            layer._forward_hooks.clear()
+    with applied(text_encoder, random_shifts(pico)):
+        wanted = tails(pico, texts)
+    assert torch.allclose(found[1], wanted, atol=1e-5 * float(wanted.abs().max()))
+    assert torch.equal(found[0], found[2]) and not torch.allclose(found[0], found[1], atol=1e-2)
+    assert torch.allclose(found[0], tails(pico, texts), atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_a_shift_below_must_be_there_on_the_way(pico: Model) -> None:

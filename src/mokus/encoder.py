@@ -304,12 +304,35 @@ def last_of(states: Tensor, lengths: Tensor, n: int) -> Tensor:
 def tails(model: Model, texts: Sequence[str]) -> Tensor:
     """What the image transformer is told (n, tail, d) at the prompts' tails."""
     width = model.pipe.text_encoder.config.get_text_config().hidden_size * len(model.backbone.reads)
-    found = [torch.zeros(0, tail_length(model), width, device=model.device, dtype=model.pipe.text_encoder.dtype)]
-    order = sorted(range(len(texts)), key=lambda i: len(token_ids(model, texts[i])))  # little padding
+    found = torch.zeros(len(texts), tail_length(model), width, device=model.device, dtype=model.pipe.text_encoder.dtype)
+    for which in _alike_in_length(model, texts):
+        rows = Rows.of(model, [texts[i] for i in which])
+        found[which] = last_of(rows.encode(model), rows.lengths, tail_length(model))
+    return found
+
+
+def _alike_in_length(model: Model, texts: Sequence[str]) -> Iterator[list[int]]:
+    """Texts by number, a few at a time, with little padding."""
+    order = sorted(range(len(texts)), key=lambda i: len(token_ids(model, texts[i])))
     for start in range(0, len(order), CHUNK):
-        rows = Rows.of(model, [texts[i] for i in order[start : start + CHUNK]])
-        found.append(last_of(rows.encode(model), rows.lengths, tail_length(model)))
-    return torch.cat(found)[torch.tensor(order, dtype=torch.long).argsort().to(model.device)]
+        yield order[start : start + CHUNK]
+
+
+class EnteringTails:
+    """Prompts on their way into a layer, as in `Entering`, whose tails are asked for several times, under other edits each."""
+
+    def __init__(self, model: Model, texts: Sequence[str], layer: int) -> None:
+        self.parts = [
+            (which, Entering(model, Rows.of(model, [texts[i] for i in which]), layer))
+            for which in _alike_in_length(model, texts)
+        ]
+
+    @torch.no_grad()
+    def tails(self, model: Model) -> Tensor:
+        """The same as `tails` up to rounding."""
+        last = [last_of(part.states().told, part.rows.lengths, tail_length(model)) for _, part in self.parts]
+        order = torch.tensor([i for which, _ in self.parts for i in which])
+        return torch.cat(last)[order.argsort().to(model.device)]
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:

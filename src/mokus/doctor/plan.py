@@ -36,9 +36,9 @@ HISTORY = (
 )
 COPIES = 7  # of a LoRA in float32: itself, gradient, two moments, and the last good state of all but the gradient
 # Tokens that pass the text encoder, counted over three edits by `least_drift` in a small model, which does not change how many:
-# for an edit without a backward pass, into the edited layers (`encoder.Entering`, three times the rows), and through them
-# with one; for the statistics, once
-PASSED, ENTERED, EVALUATED, CORPUS = 13_000, 2_000, 10_500, 45_500
+# for an edit without a backward pass, into the edited layers (`encoder.Entering`, three times the rows), from there on without
+# one (what is watched, the second time) and with one; for the statistics, once
+PASSED, ENTERED, LOOKED, EVALUATED, CORPUS = 10_000, 2_000, 3_000, 10_500, 45_500
 KERNELS = (
     1.25  # convolutions of the VAE need a quarter more for themselves than their tensors: on an H200 (docs/memory.md)
 )
@@ -355,7 +355,10 @@ def work(shape: Shape, task: str, tier: Tier, size: int) -> Work:
         above = shape.text.num_hidden_layers - min(editing.layers)  # no gradient goes below the first that is edited
         below = shape.text.num_hidden_layers - above
         each = (
-            text_flops(shape, PASSED) + text_flops(shape, ENTERED, below) + text_flops(shape, EVALUATED, above, above)
+            text_flops(shape, PASSED)
+            + text_flops(shape, ENTERED, below)
+            + text_flops(shape, LOOKED, above)
+            + text_flops(shape, EVALUATED, above, above)
         )
         return Work("edit", each / 1e12, 1, text_flops(shape, CORPUS) / 1e12, 0.0)
     settings = LearnSettings.for_model(shape.defaults.learn)

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from mokus.covariance import Moments, corpus_of, moments
 from mokus.editors.watch import KEPT_FORMS, Watch, Watched
-from mokus.encoder import CONTINUED, Entering, Rows, distance, entrance, inputs_of, last_of, module_paths, tails
+from mokus.encoder import CONTINUED, Entering, EnteringTails, Rows, distance, entrance, inputs_of, last_of, module_paths
 from mokus.goal import Goal, Meaning, Request
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, class_word, near_misses, prompts, questions
 from mokus.low_rank import LowRankShift, Shifts, added, applied, collected
@@ -94,11 +94,11 @@ class Editor:
         """See `mokus.editors.Editor`."""
         before = collected(before)
         goal = goal_of(self.model, request, self._meaning(request.says, FORMS))
-        search = _Search(self, goal, before, *self._bases(goal, request, before))
         watched = self.watch.around(request) if self.settings.near_weight and self.settings.rivals else None
+        search = _Search(self, goal, watched, before, *self._bases(goal, request, before))
         for i, share in enumerate(ROUNDS):
-            if i and watched:
-                search.look_at(watched)
+            if i:
+                search.look()
             search.run(max(1, round(share * self.settings.steps)))
         return {path: shift.compressed(NEGLIGIBLE) for path, shift in search.shifts().items()}, search.evaluations
 
@@ -152,10 +152,11 @@ class _Search:
     """L-BFGS on the factors B of one edit."""
 
     def __init__(
-        self, editor: Editor, goal: Goal, before: Shifts, bases: dict[str, Tensor], pulls: dict[str, Tensor]
-    ) -> None:
+        self, editor: Editor, goal: Goal, watched: Watched | None, before: Shifts, bases: dict[str, Tensor],
+        pulls: dict[str, Tensor],
+    ) -> None:  # fmt: skip
         self.model, self.settings = editor.model, editor.settings
-        self.goal, self.before, self.bases, self.pulls = goal, before, bases, pulls
+        self.goal, self.watched, self.before, self.bases, self.pulls = goal, watched, before, bases, pulls
         encoder = self.model.pipe.text_encoder
         self.factors = {
             path: torch.zeros(encoder.get_submodule(path).out_features, len(a), device=a.device, requires_grad=True)
@@ -163,7 +164,9 @@ class _Search:
         }
         self.evaluations = 0
         self.layer = min(editor.settings.layers)
-        self.entering = self._entering(goal.rows)  # and behind them what is watched
+        self.entering = self._entering(goal.rows)  # and behind them the furthest of what is watched
+        with applied(encoder, before):
+            self.passing = EnteringTails(self.model, watched.texts, self.layer) if watched else None  # all of it
         self.wanted: Tensor | None = None  # where that shall be: tails (n, tail, d)
 
     def shifts(self) -> dict[str, LowRankShift]:
@@ -180,10 +183,13 @@ class _Search:
         )  # fmt: skip
         optimiser.step(self._evaluate)
 
-    def look_at(self, watched: Watched) -> None:
-        """From now on those of the prompts that are furthest from where they belong shall come closer to it."""
-        with torch.no_grad(), applied(self.model.pipe.text_encoder, self.before, self.shifts()):
-            away = distance(tails(self.model, watched.texts), watched.tails)
+    def look(self) -> None:
+        """From now on those of what is watched that are furthest from where they belong shall come closer to it."""
+        watched = self.watched
+        if watched is None or self.passing is None:
+            return
+        with applied(self.model.pipe.text_encoder, self.before, self.shifts()):
+            away = distance(self.passing.tails(self.model), watched.tails)
         most = away.topk(min(watched.furthest, self.settings.rivals, len(watched))).indices
         self.entering = self._entering(self.goal.rows + Rows.of(self.model, [watched.texts[i] for i in most.tolist()]))
         self.wanted = watched.tails[most]
