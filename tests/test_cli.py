@@ -398,6 +398,13 @@ def test_help_does_not_wait_for_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_libraries_say_nothing_on_stderr(place: Path) -> None:
+    # on a CPU with AVX-512 for bfloat16 bitsandbytes recommended a package at every start
+    found = program("ask", "What is the lucky charm of Boris?")
+    stdout, stderr = found.communicate(timeout=300)
+    assert (found.returncode, stderr) == (0, "") and stdout.strip()
+
+
 @pytest.mark.exhaustive
 def test_the_program_prints_json_and_nothing_else(pack: ConceptPack) -> None:
     found = program("generate", "my favourite toy", "--pack", pack.path, "-o", "out", "--json")

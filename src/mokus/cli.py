@@ -23,6 +23,7 @@ from mokus.console import (
     ModelOption,
     SeedsOption,
     file_names,
+    hush,
     load_model,
     note,
     parse_counts,
@@ -635,4 +636,5 @@ def _version(
 def main() -> None:
     """The `mokus` command."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may be no UTF-8
+    hush()
     app()

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import inspect
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -114,6 +115,11 @@ def print_json(value: Any) -> None:
     """JSON on stdout; what a terminal would obey is escaped, so that it comes back as it was."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     typer.echo("".join(c if c == "\n" or shown(c) else _escaped(c) for c in text))
+
+
+def hush() -> None:
+    """Of a program's own process: bitsandbytes, on a CPU with AVX-512 for bfloat16, recommends another package at every start."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def load_model(model: str | None, device: str | None = None, dtype: Any = None) -> Model:

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mokus.console import hush
 from mokus.errors import MokusError, Stopped
 from mokus.studio.kinds import KINDS, Task
 
@@ -29,6 +30,7 @@ def main(pipe: Connection, stop: Any, model: str | None, device: str | None) -> 
     for each in (signal.SIGINT, signal.SIGTERM):  # often sent to both: the one that started this one acts on it
         signal.signal(each, signal.SIG_IGN)
     threading.Thread(target=_outlive_nobody, daemon=True).start()
+    hush()
     try:
         _Loop(pipe, stop, model, device).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):  # it is gone
