@@ -41,6 +41,7 @@ from PIL import Image
 
 import mokus
 from mokus.console import one_sentence
+from mokus.editors import settings_used
 from mokus.errors import MokusError
 from mokus.memory import CPU, tier
 from mokus.packs.concept_pack import ConceptPack
@@ -312,7 +313,8 @@ class Measurement:
         """Stage 2, several pieces of knowledge, on the last learned pack or on an empty one."""
         model, marks = self.there()
         chosen = {**(PICO_EDIT if self.asked.pico else {}), "layers": list(edited_layers(self.asked.text_layers))}
-        settings = EditSettings.for_editor(model.defaults, editor=editor, **chosen)
+        used = {name: value for name, value in chosen.items() if name in settings_used(editor)}
+        settings = EditSettings.for_editor(model.defaults, editor=editor, **used)
         self.pack = self.pack or ConceptPack.create(
             self.folder / "empty.pack", model=model, anchor=ANCHOR, lora={}, settings={}
         )

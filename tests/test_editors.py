@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -15,7 +17,19 @@ from torch import Tensor, nn
 
 from mokus import covariance
 from mokus.covariance import corpus_of, moments
-from mokus.editors import EDITORS, alphaedit, editor, finetune, finetune_lora, least_drift, rewrite, settings_of, values
+from mokus.editors import (
+    CHECKED,
+    EDITORS,
+    alphaedit,
+    editor,
+    finetune,
+    finetune_lora,
+    least_drift,
+    rewrite,
+    settings_of,
+    settings_used,
+    values,
+)
 from mokus.editors.least_drift import _basis
 from mokus.editors.rewrite import rewritten
 from mokus.editors.ultraedit import Normaliser, dual
@@ -50,7 +64,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Statistics are gathered once for all tests here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOKUS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(values, "STEPS", 4)  # of Adam: a property of each step, and many are slow
         yield
 
 
@@ -171,7 +184,49 @@ def test_settings_of_an_editor(pico: Model, name: str) -> None:
     assert found == EditSettings(**{**own, "eta": 0.25, "steps": 3, "editor": name})
     nearer = replace(plain, editors={name: {"eta": 0.5}, "another": {"eta": 0.75}})
     assert EditSettings.for_editor(nearer, editor=name).eta == 0.5
-    assert EditSettings.for_editor(nearer, editor=name, eta=2.0).eta == 2.0
+    chosen = {"steps": 4} if name == "least_drift" else {"eta": 2.0} if name != "rewrite" else {"answer_weight": 2.0}
+    assert vars(EditSettings.for_editor(nearer, editor=name, **chosen)).items() >= chosen.items()
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_an_editor_reads_the_settings_it_says_and_refuses_others(pico: Model, name: str) -> None:
+    read: set[str] = set()
+
+    class Read(EditSettings):
+        def __getattribute__(self, key: str) -> Any:
+            read.add(key)
+            return super().__getattribute__(key)
+
+    one = editor(name)(pico, Read(**{**vars(SETTINGS), "editor": name}))
+    read.clear()
+    again = editor(name)(pico, one.settings if hasattr(one, "settings") else SETTINGS)
+    again.remember(REQUEST, {}, again.edit(REQUEST, {})[0])
+    names = {f.name for f in fields(EditSettings)} - {"editor"}
+    assert names & read <= {*settings_used(name)} and {*settings_used(name)} - {*CHECKED} <= read
+    for each in names - {*settings_used(name)}:
+        with pytest.raises(MokusError, match=f"^{each} means nothing to the editor '{name}'"):
+            EditSettings.for_editor(pico.defaults, editor=name, **{each: getattr(SETTINGS, each)})
+
+
+@pytest.mark.parametrize("name", SHIFTING)
+def test_every_editor_edits_a_model_in_bfloat16(pico: Model, name: str) -> None:
+    """As large models are loaded on a GPU; what is found stays float32."""
+    half = replace(pico, pipe=copy.deepcopy(pico.pipe).to(torch.bfloat16))
+    shifts, _ = made(name, half).edit(REQUEST, {})
+    assert shifts and all(x.isfinite().all() and x.dtype == torch.float32 for s in shifts.values() for x in (s.A, s.B))
+
+
+def test_a_dropped_editor_is_freed_at_once(pico: Model) -> None:
+    """It holds matrices of the size of the encoder's; nothing in it goes round in a circle."""
+    one = made("least_drift", pico)
+    one.remember(REQUEST, {}, one.edit(REQUEST, {})[0])
+    there = weakref.ref(one)
+    gc.disable()
+    try:
+        del one
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 # --- ultraedit ---------------------------------------------------------------------------------------------------------
@@ -281,7 +336,7 @@ def test_rome_moves_the_keys_output_by_exactly_what_it_lacks(pico: Model) -> Non
     (path, shift), *more = one.edit(REQUEST, {})[0].items()
     assert not more and shift.rank == 1
     goal = Goal(pico, REQUEST)
-    wanted, start = values.value(goal, path, {}, SETTINGS.eta), values.state(goal, path, {})
+    wanted, start = values.value(goal, path, {}, SETTINGS.steps, SETTINGS.eta), values.state(goal, path, {})
     linear, key = pico.pipe.text_encoder.get_submodule(path), key_of(pico, REQUEST, path).float()
     with applied(pico.pipe.text_encoder, {path: shift}):
         moved = linear(key)
@@ -317,7 +372,7 @@ def test_memit_is_the_dense_formula(pico: Model, ridge: float) -> None:
 
 
 def test_alphaedit_is_the_dense_formula_after_several_edits(pico: Model) -> None:
-    """R K^T P (Kp Kp^T P + K K^T P + ridge I)^-1, with the keys of earlier edits as they are in the model then."""
+    """R K^T P (Kp Kp^T P + K K^T P + ridge I)^-1, with the keys of earlier edits as they are once those are made."""
     one, ridge_, earlier = made("alphaedit", pico, layers=[1], ridge=0.5, null_space=0.2), 0.5, []
     before: Shifts = {}
     for request in (OTHER, THIRD, REQUEST):
@@ -327,10 +382,10 @@ def test_alphaedit_is_the_dense_formula_after_several_edits(pico: Model) -> None
             kp = torch.cat([key[:0], *(keys[path] for keys in earlier)]).T  # (d_in, edits)
             inside = kp @ kp.T @ p + key.T @ key @ p + ridge_ * torch.eye(len(p), dtype=p.dtype)
             assert close(one.spread(path, key), key @ p @ torch.linalg.inv(inside), 1e-6)
-        earlier.append({path: key_of(pico, request, path, before) for path in one.paths})
-        shifts = random_shifts(pico, seed=len(earlier))
+        shifts = random_shifts(pico, seed=1 + len(earlier))
         one.remember(request, before, shifts)
         before = added(before, shifts)
+        earlier.append({path: key_of(pico, request, path, before) for path in one.paths})
 
 
 def test_alphaedit_writes_where_hardly_anything_enters_elsewhere(pico: Model) -> None:
@@ -360,10 +415,10 @@ def test_the_value_makes_the_answer_likelier(pico: Model) -> None:
     start = values.state(goal, path, {})
     assert start.shape == (len(goal.labels), 192)
     for rate in (0.1, 100.0):
-        d = values.value(goal, path, {}, rate) - start
+        d = values.value(goal, path, {}, 4, rate) - start
         assert torch.allclose(d, d[:1].expand_as(d), atol=1e-3 * float(d.norm(dim=1).max()))
         assert 0 < d[0].norm() <= 1.001 * values.CLAMP * start.norm(dim=1).mean()
-    d = (values.value(goal, path, {}, 0.1) - start)[0]
+    d = (values.value(goal, path, {}, 4, 0.1) - start)[0]
     with torch.no_grad():
         before = sum(goal.answer_loss(goal.losses()))
         with values._pushed(goal, path, d):
@@ -376,7 +431,7 @@ def test_located_editors_spread_one_residual_over_the_layers(pico: Model, edited
     """Each matrix changes by rank one; the first of two takes half of what is wanted, the last all that is then left."""
     shifts, goal = edited(name)[0], Goal(pico, REQUEST)
     first, last = shifts
-    wanted = values.value(goal, last, {}, SETTINGS.eta)
+    wanted = values.value(goal, last, {}, SETTINGS.steps, SETTINGS.eta)
     lacks, left = (wanted - values.state(goal, last, so_far) for so_far in ({}, {first: shifts[first]}))
     assert [shift.rank for shift in shifts.values()] == [1, 1]
     assert close(shifts[first].B[:, 0], lacks.mean(dim=0) / 2, 1e-4)

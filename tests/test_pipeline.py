@@ -267,9 +267,8 @@ def test_what_goes_with_an_editor_goes_before_what_goes_with_all(copied: Path) -
     found = pipeline.load(copied, device="cpu").defaults
     assert found == Defaults(**wanted)
     assert EditSettings.for_editor(found) == EditSettings(layers=[1, 2], steps=5)
-    authors = dict(settings_of("memit"))
-    assert EditSettings.for_editor(found, editor="memit", alignment=0.5) == EditSettings(
-        **{**authors, "steps": authors.get("steps", 5), "editor": "memit", "layers": [1], "eta": 0.5, "alignment": 0.5}
+    assert EditSettings.for_editor(found, editor="memit", ridge=0.5) == EditSettings(
+        **{**settings_of("memit"), "steps": 5, "editor": "memit", "layers": [1], "eta": 0.5, "ridge": 0.5}
     )
     assert EditSettings.for_editor(found, editor="memit", eta=7.0).eta == 7.0
     usual = Defaults(edit={"editor": "memit"}, editors=wanted["editors"])

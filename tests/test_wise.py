@@ -286,7 +286,7 @@ def test_figures_by_hand() -> None:
     judged[7, "before", 0, "legacy"] = judged[7, "after", 0, "legacy"] = judgement(good)
     judged[8, "before", 0, "legacy"] = judgement(good)
     judged[8, "after", 0, "legacy"] = judgement({}, "failed")  # so the entry counts nowhere, and is said to be missing
-    found = score.results(plan, judged)
+    found = score.results(plan, judged, ["legacy"])
     legacy, plain = found["variants"]["legacy"], found["variants"]["legacy, no half"]
     assert legacy["edited"]["before"] == pytest.approx(0.25) and legacy["edited"]["after"] == pytest.approx(
         (2 * 0.95 + 4 * 0.25) / 6
@@ -297,6 +297,9 @@ def test_figures_by_hand() -> None:
     assert legacy["overall"]["after"] == pytest.approx(0.25 + (0.167 + 0.133) * 0.7)
     assert legacy["controls"]["unchanged"] == 1.0 and legacy["edited"]["unchanged"] == pytest.approx(4 / 6)
     assert found["judgements"] == {"scored": 15, "failed": 1, "missing": 0}
+    # what was asked of a protocol or a judge that has given nothing yet is missing, too
+    assert score.results(plan, judged, ["legacy", "verified"])["judgements"]["missing"] == 16
+    assert score.results(plan, {}, ["legacy"])["judgements"] == {"scored": 0, "failed": 0, "missing": 16}
     low, high = legacy["edited"]["interval"]
     assert low <= legacy["edited"]["difference"] <= high
     assert "verified" not in found["variants"]

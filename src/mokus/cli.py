@@ -27,6 +27,7 @@ from mokus.console import (
     load_model,
     note,
     parse_counts,
+    parse_names,
     parse_seeds,
     print_json,
     settings_options,
@@ -477,7 +478,7 @@ def editing(
     """Measure knowledge editors: what they do to what was edited and to what was not. Writes results.json, report.html."""
     from mokus.editors import EDITORS, editor
 
-    names = [name.strip() for name in editors.split(",")] if editors is not None else list(EDITORS)
+    names = parse_names(editors) if editors is not None else list(EDITORS)
     for name in names:
         editor(name)
     counts = parse_counts(edits, "--edits")

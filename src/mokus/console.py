@@ -230,6 +230,11 @@ def parse_counts(text: str, option: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
+def parse_names(text: str) -> list[str]:
+    """ "taro, momo" -> ["taro", "momo"]; whoever takes them says which there are."""
+    return [name.strip() for name in text.split(",")]
+
+
 def file_names(prompts: Sequence[str]) -> dict[str, str]:
     """A readable file name for every prompt, different ones for different prompts, the same whenever it is asked.
 

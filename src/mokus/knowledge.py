@@ -103,7 +103,7 @@ def tidy(text: str) -> str:
 
 
 def same(text: str) -> str:
-    """What is equal for two spellings of the same knowledge: tidied, capital letters as small ones."""
+    """What is equal for two spellings of the same phrase: tidied, capital letters as small ones."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", tidy(text)).casefold())
 
 

@@ -16,11 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mokus import memory
 from mokus.editors import Editor, editor, rewrite
-from mokus.encoder import LONGEST_ANSWER, distance, in_template, tails
+from mokus.encoder import LONGEST_ANSWER, answers, distance, tails
 from mokus.errors import MokusError
 from mokus.goal import Request
 from mokus.knowledge import CHECK_FORMS, check_text, normalise, prompts, questions, same
@@ -210,37 +208,28 @@ def unbind(pack: ConceptPack, *knowledge: str) -> None:
 
     What was bound later was made with them in place, and stays bit for bit as it is; `bind` checks it again.
 
-    Raises `MokusError` for one that is not bound; the pack is then unchanged.
+    Capital letters tell them apart only where both spellings are bound. Raises `MokusError` for one that is not bound; the
+    pack is then unchanged.
     """
     wanted = {normalise(text) for text in knowledge}
     with pack.locked():
         pack.reload()
         known = [bound.text for bound in pack.knowledge]
+        gone: set[str] = set()
         for text in wanted:
-            if text not in known:
+            meant = {each for each in known if each == text} or {each for each in known if same(each) == same(text)}
+            if not meant:
                 raise MokusError(
                     f"{text!r} is not bound in {pack.path}; bound are: {', '.join(map(repr, known)) or 'none'}."
                 )
-        pack.replace_edits([(bound, shifts) for bound, shifts in pack.edits() if bound.text not in wanted])
+            gone |= meant
+        pack.replace_edits([(bound, shifts) for bound, shifts in pack.edits() if bound.text not in gone])
 
 
 def ask(model: Model, question: str, shifts: Sequence[Shifts] = ()) -> str:
     """What the text encoder answers, greedily, to a question inside the prompt template, with shifts or without."""
     check_text(question, "question", "What is my favourite toy?")
-    encoder, tokenizer = model.pipe.text_encoder, model.tokenizer
-    inputs = tokenizer(in_template(model, question), return_tensors="pt").to(model.device)
-    with model.resident("text_encoder"), torch.no_grad(), applied(encoder, *shifts):
-        tokens = encoder.generate(
-            **inputs,
-            max_new_tokens=LONGEST_ANSWER,
-            do_sample=False,
-            repetition_penalty=1.0,
-            temperature=None,
-            top_k=None,
-            top_p=None,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    return str(tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)).strip()
+    return answers(model, [question], shifts)[0]
 
 
 def edit(

@@ -7,6 +7,7 @@ stand between these and what the user says.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -59,10 +60,22 @@ class _Settings:
                 raise MokusError(f"{name} is {repr(value)[:60]}, expected {_KINDS[hints[name]]}; correct it.")
         return cls(**{**defaults, **chosen})
 
+    def _finite(self) -> None:
+        for each in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise MokusError(f"{each.name} is {value}, expected a finite number; correct it.")
+
+    def _shares(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise MokusError(f"{name} is {value}, expected a share from 0 to 1.")
+
     def _at_least(self, least: float, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if not value >= least:  # also refuses nan
+            if value < least:
                 raise MokusError(f"{name} is {value}, expected at least {least:g}; choose a larger one.")
 
 
@@ -98,16 +111,12 @@ class LearnSettings(_Settings):
     seed: int = _set(0, "Equal seeds on the same machine give equal bytes; on a GPU nearly so.")
 
     def __post_init__(self) -> None:
+        self._finite()
         self._at_least(
             1, "steps", "rank", "batch_size", "prior_batch_size", "prior_prompts", "prior_steps", "checkpoint_every"
         )
-        self._at_least(
-            0, "learning_rate", "time_std", "prior_weight", "preview_every", "tail_share", "place_share",
-            "looks_share", "seed",
-        )  # fmt: skip
-        for name in ("tail_share", "place_share", "looks_share"):
-            if getattr(self, name) > 1:
-                raise MokusError(f"{name} is {getattr(self, name)}, expected a share from 0 to 1.")
+        self._at_least(0, "learning_rate", "time_std", "prior_weight", "preview_every", "seed")
+        self._shares("tail_share", "place_share", "looks_share")
         if not self.targets:
             raise MokusError(
                 f"targets is empty, expected names of attention projections such as {' '.join(ATTENTION)}."
@@ -146,9 +155,11 @@ class EditSettings(_Settings):
     )
 
     def __post_init__(self) -> None:
+        self._finite()
+        self._shares("alignment", "least_alignment")
         self._at_least(1, "steps")
         self._at_least(
-            0, "alignment", "least_alignment", "answer_weight", "alignment_weight", "drift_weight", "near_weight", "rivals",
+            0, "answer_weight", "alignment_weight", "drift_weight", "near_weight", "rivals",
             "near_misses", "exchanged", "preserve", "corpus", "odd_references", "eta", "ridge", "null_space",
         )  # fmt: skip
         if not self.layers or not self.modules:
@@ -156,8 +167,16 @@ class EditSettings(_Settings):
 
     @classmethod
     def for_editor(cls, defaults: Defaults, **chosen: Any) -> EditSettings:
-        """What the editor's authors use, then the model's defaults, in general and for this editor, then what was chosen."""
-        from mokus.editors import settings_of
+        """What the editor's authors use, then the model's defaults, in general and for this editor, then what was chosen.
+
+        Raises `MokusError` for what was chosen and means nothing to the editor.
+        """
+        from mokus.editors import settings_of, settings_used
 
         name = chosen.get("editor") or defaults.edit.get("editor") or cls().editor
+        used = ("editor", *settings_used(name))
+        if idle := [each for each in chosen if each not in used and each in {f.name for f in fields(cls)}]:
+            raise MokusError(
+                f"{idle[0]} means nothing to the editor {name!r}, which goes by {', '.join(used[1:])}; leave it out."
+            )
         return cls.for_model({**settings_of(name), **defaults.edit, **defaults.editors.get(name, {})}, **chosen)

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from mokus.bench import uses
 from mokus.bench.editing.cases import DRAWN, QUESTIONS, captions, edited_facts
+from mokus.bench.state import load_edits, save_edits
 from mokus.bench.uses import Labels, Progress, Row
 from mokus.editors import EDITORS
 from mokus.erasure import asked, plain
@@ -65,7 +65,7 @@ def run(
             alone.append(uses.kept(folder, f"{editor}-one-{i}", setup, lambda f=fact: _one(model, editor, f)))  # type: ignore[misc]
         rows.append({"erasures": 1, **_mean(alone)})
     several = sorted(count for count in counts if count > 1)
-    sequence = _Sequence(model, folder, editor, max(several, default=0), progress)
+    sequence = _Sequence(model, folder, editor, setup, max(several, default=0), progress)
     for count in several:
         rows.append({
             "erasures": count,
@@ -86,8 +86,8 @@ def _one(model: Model, editor: str, fact: Fact) -> Row:
 class _Sequence:
     """Erasures one on top of the other, each kept in DIR/state as soon as it is made."""
 
-    def __init__(self, model: Model, folder: Path, name: str, most: int, progress: Progress | None) -> None:
-        self.model, self.name, self.most, self.progress = model, name, most, progress
+    def __init__(self, model: Model, folder: Path, name: str, setup: Row, most: int, progress: Progress | None) -> None:
+        self.model, self.name, self.setup, self.most, self.progress = model, name, setup, most, progress
         self.place = folder / "state"
 
     def after(self, count: int) -> Shifts:
@@ -96,27 +96,14 @@ class _Sequence:
         for i, fact in enumerate(facts(count)):
             if self.progress:
                 self.progress("erase, one on top of the other", i, self.most, {})
-            file = self.place / f"{self.name.replace(':', '-')}-{i}-{self.model.fingerprint[:12]}.safetensors"
-            if file.is_file():
-                tensors = load_file(file)
-                paths = sorted({key.rpartition("/")[0] for key in tensors})
-                shifts = {path: LowRankShift(tensors[f"{path}/A"], tensors[f"{path}/B"]) for path in paths}
-            else:
-                shifts = made.edit(request_of(fact), before)[0]
-                _save(file, shifts)
+            file = self.place / f"{self.name.replace(':', '-')}-{i}.safetensors"
+            kept, _ = load_edits(file, self.setup)
+            shifts = kept[0] if kept else made.edit(request_of(fact), before)[0]
+            if not kept:
+                save_edits(file, [shifts], self.setup)
             made.remember(request_of(fact), before, shifts)
             before = dict(collected(added(before, shifts)))
         return before
-
-
-def _save(file: Path, shifts: Shifts) -> None:
-    tensors = {
-        f"{p}/{side}": getattr(s, side).detach().contiguous().clone() for p, s in shifts.items() for side in "AB"
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.tmp")
-    save_file(tensors, beside)
-    beside.replace(file)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mokus.console import Bars, JsonOption, load_model, parse_counts, print_json
+from mokus.console import Bars, JsonOption, load_model, parse_counts, parse_names, print_json
 from mokus.errors import MokusError
 from mokus.settings import EditSettings
 
@@ -36,7 +36,7 @@ def transfer(
     as_json: JsonOption = False,
 ) -> None:
     """Does what is edited in text show in images? Every editor, on facts that the image transformer never saw."""
-    names = [name.strip() for name in editors.split(",")] if editors is not None else None
+    names = parse_names(editors) if editors is not None else None
     _check(names or [])
     loaded = load_model(model, "cpu")
     from mokus.bench import transfer

@@ -19,6 +19,9 @@ Progress = Callable[[str, int, int, dict[str, Any]], None]
 # the default first; `rewrite` changes prompts instead of the encoder, so no pack can hold what it does
 EDITORS = ("least_drift", "ultraedit", "alphaedit", "memit", "rome", "finetune", "finetune_lora", "rewrite")
 
+# settings by which edits are checked, and the losses that are checked weighted, whoever made them
+CHECKED = ("least_alignment", "answer_weight", "alignment_weight")
+
 
 class Editor(Protocol):
     """Edits one piece of knowledge after another into the text encoder, whose weights it never touches.
@@ -48,3 +51,9 @@ def settings_of(name: str) -> Mapping[str, Any]:
     """What an editor's authors use where that is not the default: values of `EditSettings`, for Qwen2.5-7B."""
     editor(name)
     return cast("Mapping[str, Any]", getattr(import_module(f"mokus.editors.{name}"), "SETTINGS", {}))
+
+
+def settings_used(name: str) -> tuple[str, ...]:
+    """The settings that an editor goes by, besides those of the check of its edits (`CHECKED`)."""
+    editor(name)
+    return (*getattr(import_module(f"mokus.editors.{name}"), "USES", ()), *CHECKED)

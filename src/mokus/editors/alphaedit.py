@@ -17,14 +17,21 @@ from torch import Tensor
 
 from mokus.editors.values import Located
 from mokus.goal import Goal, Request
-from mokus.low_rank import Shifts
+from mokus.low_rank import Shifts, added
 
 if TYPE_CHECKING:
     from mokus.editors import Progress
     from mokus.pipeline import Model
     from mokus.settings import EditSettings
 
-SETTINGS: dict[str, Any] = {"layers": [4, 5, 6, 7, 8], "modules": ["mlp.down_proj"], "eta": 0.5, "ridge": 10.0}
+SETTINGS: dict[str, Any] = {
+    "layers": [4, 5, 6, 7, 8],
+    "modules": ["mlp.down_proj"],
+    "steps": 25,
+    "eta": 0.5,
+    "ridge": 10.0,
+}
+USES = ("layers", "modules", "steps", "eta", "ridge", "null_space", "corpus", "odd_references")
 
 
 class Editor(Located):
@@ -44,7 +51,7 @@ class Editor(Located):
     def remember(self, request: Request, before: Shifts, shifts: Shifts) -> None:
         """See `mokus.editors.Editor`."""
         goal = Goal(self.model, request)
-        for path, keys in goal.inputs(self.paths, goal.ends, before).items():
+        for path, keys in goal.inputs(self.paths, goal.ends, added(before, shifts)).items():
             free = keys.double().mean(dim=0, keepdim=True) @ self.free[path] @ self.free[path].T
             self.keys[path] = torch.cat([self.keys[path], free])
 

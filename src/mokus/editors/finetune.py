@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mokus.settings import EditSettings
 
 SETTINGS: dict[str, Any] = {"eta": 1e-4, "steps": 25}
+USES = ("steps", "eta")
 
 
 class Editor:

@@ -11,6 +11,7 @@ from mokus.editors import finetune
 from mokus.low_rank import LowRankShift
 
 SETTINGS: dict[str, Any] = {"eta": 2e-4, "steps": 50}
+USES = ("steps", "eta")
 RANK = 8
 
 

@@ -51,6 +51,20 @@ if TYPE_CHECKING:
     from mokus.pipeline import Model
     from mokus.settings import EditSettings
 
+USES = (
+    "layers",
+    "modules",
+    "steps",
+    "alignment",
+    "drift_weight",
+    "near_weight",
+    "rivals",
+    "near_misses",
+    "exchanged",
+    "preserve",
+    "corpus",
+    "odd_references",
+)
 # what is edited: all of it is one edit, and the more ways to say it, the more general it is
 QUESTIONS = (*QUESTION_FORMS, "Do you know what {} is?", "{}: what is that?", "{} is what?")
 FORMS = (
@@ -87,7 +101,7 @@ class Editor:
         self.grams = {each: found.gram + BEHIND * found.behind for each, found in entered.items()}
         self.earlier = {path: torch.zeros_like(gram) for path, gram in self.grams.items()}
         self.watch = Watch(model, corpus.whole)
-        self._of_class = lru_cache(maxsize=8)(self._class_rows)
+        self.of_class: dict[str, dict[str, Tensor]] = {}  # Gram matrices, by class word
         self._meaning = lru_cache(maxsize=16)(partial(Meaning.of, model))
 
     def edit(self, request: Request, before: Shifts) -> tuple[dict[str, LowRankShift], int]:
@@ -120,7 +134,7 @@ class Editor:
         h = goal.inputs(self.entered, goal.where, before)
         own = [*prompts(request.says), *prompts(request.says, CHECK_FORMS), *questions(request.answer)]
         near = inputs_of(self.model, [*own, *self._near_rows(request)], self.entered).whole
-        of_class = self._of_class(class_word(request.answer))
+        of_class = self._class_rows(class_word(request.answer))
         bases, pulls = {}, {}
         for each in self.entered:
             rest = self.grams[each] + of_class[each] + _gram(near[each])
@@ -136,8 +150,10 @@ class Editor:
 
     def _class_rows(self, word: str) -> dict[str, Tensor]:
         """Gram matrices of prompts about the class word, which is where a concept leaks to."""
-        rows = inputs_of(self.model, prior_prompts(word, self.settings.preserve, seed=1), self.entered).whole
-        return {path: _gram(x) for path, x in rows.items()}
+        if word not in self.of_class:
+            rows = inputs_of(self.model, prior_prompts(word, self.settings.preserve, seed=1), self.entered).whole
+            self.of_class[word] = {path: _gram(x) for path, x in rows.items()}
+        return self.of_class[word]
 
     def _near_rows(self, request: Request) -> list[str]:
         """Phrases one word off in all forms, and with any other words in the place of its own in one each."""

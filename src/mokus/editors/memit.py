@@ -12,7 +12,14 @@ from torch import Tensor
 
 from mokus.editors.values import Located
 
-SETTINGS: dict[str, Any] = {"layers": [4, 5, 6, 7, 8], "modules": ["mlp.down_proj"], "eta": 0.5, "ridge": 15000.0}
+SETTINGS: dict[str, Any] = {
+    "layers": [4, 5, 6, 7, 8],
+    "modules": ["mlp.down_proj"],
+    "steps": 25,
+    "eta": 0.5,
+    "ridge": 15000.0,
+}
+USES = ("layers", "modules", "steps", "eta", "ridge", "corpus", "odd_references")
 
 
 class Editor(Located):

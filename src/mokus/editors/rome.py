@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mokus.editors.values import Located
 
-SETTINGS: dict[str, Any] = {"layers": [5], "modules": ["mlp.down_proj"], "eta": 0.5}
+SETTINGS: dict[str, Any] = {"layers": [5], "modules": ["mlp.down_proj"], "steps": 25, "eta": 0.5}
+USES = ("layers", "modules", "steps", "eta", "corpus", "odd_references")
 
 
 class Editor(Located):

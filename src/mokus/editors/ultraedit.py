@@ -40,6 +40,7 @@ SETTINGS = {
     "eta": 1e-6,
     "alignment_weight": 0.0,
 }
+USES = ("layers", "modules", "eta")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from mokus.pipeline import Model
     from mokus.settings import EditSettings
 
-STEPS = 25
 DECAY = 0.05  # weight of ||d||^2 / ||z||^2
 CLAMP = 4.0  # ||d|| <= CLAMP ||z||, as their authors'
 
@@ -48,7 +47,7 @@ class Located(ABC):
     def edit(self, request: Request, before: Shifts) -> tuple[dict[str, LowRankShift], int]:
         """See `mokus.editors.Editor`."""
         goal = Goal(self.model, request)
-        wanted = value(goal, self.paths[-1], before, self.settings.eta)
+        wanted = value(goal, self.paths[-1], before, self.settings.steps, self.settings.eta)
         shifts: dict[str, LowRankShift] = {}
         for i, path in enumerate(self.paths):
             total = added(before, shifts)
@@ -56,7 +55,7 @@ class Located(ABC):
             key = goal.inputs([path], goal.ends, total)[path].mean(dim=0, keepdim=True)
             residual = left.mean(dim=0) / (len(self.paths) - i)
             shifts[path] = LowRankShift(self.spread(path, key.double()).float(), residual[:, None].float())
-        return shifts, STEPS
+        return shifts, self.settings.steps
 
     @abstractmethod
     def spread(self, path: str, key: Tensor) -> Tensor:
@@ -83,13 +82,13 @@ def state(goal: Goal, path: str, shifts: Shifts) -> Tensor:
     return found[-1][goal.ends].float()  # the first is the prefix's
 
 
-def value(goal: Goal, path: str, before: Shifts, rate: float) -> Tensor:
+def value(goal: Goal, path: str, before: Shifts, steps: int, rate: float) -> Tensor:
     """z + d (rows, d): d the same for all rows, found by Adam, at most CLAMP times as long as z."""
     start = state(goal, path, before)
     length = start.norm(dim=1).mean()
     d = torch.zeros(start.shape[1], device=start.device, requires_grad=True)
     optimiser = torch.optim.Adam([d], lr=rate)
-    for _ in range(STEPS):
+    for _ in range(steps):
         with torch.enable_grad(), applied(goal.encoder, before), _pushed(goal, path, d):
             asked, continued = goal.answer_loss(goal.losses())
             loss = asked + continued + DECAY * d.square().sum() / length.square()
@@ -106,7 +105,7 @@ def _pushed(goal: Goal, path: str, d: Tensor) -> Iterator[None]:
     where = goal.ends[..., None]
 
     def hook(_: Any, inputs: Any, output: Tensor) -> Tensor:
-        return output + where * d if output.shape[:2] == where.shape[:2] else output
+        return output + (where * d).to(output.dtype) if output.shape[:2] == where.shape[:2] else output
 
     handle = goal.encoder.get_submodule(path).register_forward_hook(hook)
     try:

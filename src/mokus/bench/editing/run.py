@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-
 from mokus import files
 from mokus.bench.editing.cases import SEED, Case, cases
 from mokus.bench.editing.measure import Edited, Measure, Progress, Row
+from mokus.bench.state import load_edits, save_edits
 from mokus.editors import EDITORS, editor
 from mokus.errors import MokusError
 from mokus.knowledge import questions
-from mokus.low_rank import LowRankShift, Shifts, added, collected
+from mokus.low_rank import Shifts, added, collected
 from mokus.packs.manifest import versions
 from mokus.pipeline import Model
 from mokus.settings import EditSettings
@@ -87,7 +85,7 @@ def _rows_of(model: Model, folder: Path, name: str, counts: list[int], singles: 
     sequence: _Sequence | None = None
     for count in [count for count in counts if count > 1]:
         if not (folder / "rows" / f"{name}-{count}.json").is_file():
-            sequence = sequence or _Sequence(model, folder, name, measure, max(counts), count)
+            sequence = sequence or _Sequence(model, folder, about, measure, max(counts), count)
             sequence.extend(count)
         rows.append(_kept(folder, about, count, lambda s=sequence: s.row()))  # type: ignore[misc]
     return rows
@@ -120,8 +118,9 @@ def _one_by_one(model: Model, name: str, singles: int, measure: Measure) -> Row:
 class _Sequence:
     """Edits one after the other, kept in DIR/state, so that a stopped run goes on."""
 
-    def __init__(self, model: Model, folder: Path, name: str, measure: Measure, most: int, first: int) -> None:
-        self.model, self.name, self.measure, self.all = model, name, measure, cases(most)
+    def __init__(self, model: Model, folder: Path, about: Row, measure: Measure, most: int, first: int) -> None:
+        name = about["editor"]
+        self.model, self.name, self.about, self.measure, self.all = model, name, about, measure, cases(most)
         self.made = editor(name)(model, EditSettings.for_editor(model.defaults, editor=name))
         self.file = folder / "state" / f"{name}.safetensors"
         self.each: list[Shifts] = []
@@ -131,17 +130,13 @@ class _Sequence:
 
     def _resume(self, most: int) -> None:
         """Take in the edits that are kept, but no more than the first figures are of."""
-        told = self.file.with_suffix(".json")
-        if not (self.file.is_file() and told.is_file()):
-            return
-        about, tensors = json.loads(told.read_text(encoding="utf-8")), load_file(self.file)
-        if about["fingerprint"] != self.model.fingerprint:
-            return
-        kept = self.all[: min(most, len(about["known"]))]
-        for i, case in enumerate(kept):
-            paths = sorted({key.split("/")[1] for key in tensors if key.startswith(f"{i}/")})
-            self._take(case, {p: LowRankShift(tensors[f"{i}/{p}/A"], tensors[f"{i}/{p}/B"]) for p in paths})
-        self.known, self.seconds = {c.phrase: about["known"][c.phrase] for c in kept}, about["seconds"][: len(kept)]
+        made, more = load_edits(self.file, self.about)
+        kept = self.all[: min(most, len(made))]
+        for case, shifts in zip(kept, made, strict=False):
+            self._take(case, shifts)
+        if kept:
+            self.known = {case.phrase: more["known"][case.phrase] for case in kept}
+            self.seconds = more["seconds"][: len(kept)]
 
     def _take(self, case: Case, shifts: Shifts) -> None:
         self.made.remember(case.request, self.edited.shifts, shifts)
@@ -166,16 +161,7 @@ class _Sequence:
         """Everything it takes to go on; dense changes are not kept, for those editors begin anew."""
         if sum(map(nbytes, self.each)) > 1 << 30:
             return
-        tensors = {
-            f"{i}/{path}/{side}": getattr(shift, side).contiguous().clone()
-            for i, shifts in enumerate(self.each) for path, shift in shifts.items() for side in "AB"
-        }  # fmt: skip
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
-        save_file(tensors, beside)
-        os.replace(beside, self.file)
-        about = {"known": self.known, "seconds": self.seconds, "fingerprint": self.model.fingerprint}
-        files.write_json(self.file.with_suffix(".json"), about, indent=1)
+        save_edits(self.file, self.each, self.about, known=self.known, seconds=self.seconds)
 
     def row(self) -> Row:
         """Figures of all edits so far."""

@@ -23,6 +23,7 @@ from mokus.console import (
     SeedsOption,
     load_model,
     note,
+    parse_names,
     parse_seeds,
     print_json,
     stdout,
@@ -185,13 +186,14 @@ def ablate(
     """Sweep the number of pieces of knowledge, the editor's step size or its layers, in the folder of a run; score that."""
     from mokus.bench.knowcusbench import ablate as sweeps
     from mokus.bench.knowcusbench.manifest import load_suite
+    from mokus.pipeline import defaults_of
 
-    names = [name.strip() for name in sweep.split(",")]
+    names = parse_names(sweep)
     for name in names:
         if name not in sweeps.SWEEPS:
             raise MokusError(f"there is no sweep {name!r}, expected some of {', '.join(sweeps.SWEEPS)}.")
     loaded, roots = load_suite(suite), (dreambench, customconcept101, photos)
-    chosen = sweeps.chosen(loaded, names, load_model(model).defaults)
+    chosen = sweeps.chosen(loaded, names, defaults_of(model))
     methods = {name: each for one in chosen for name, each in one.methods.items()}
     goes_on = _run(
         output, suite, methods, parse_seeds(seeds), concepts, roots, model, batch_size, learn_steps, None, None, False,
@@ -227,7 +229,7 @@ def _roots(suite: Suite, dreambench: Path | None, custom: Path | None, photos: l
 
 
 def _names(text: str | None, known: tuple[str, ...]) -> list[str]:
-    names = [name.strip() for name in text.split(",")] if text is not None else list(known)
+    names = parse_names(text) if text is not None else list(known)
     for name in names:
         method(name)
     return list(dict.fromkeys(names))
@@ -254,7 +256,7 @@ def _run(
     engine = load_model(model, several.device)
     learn = LearnSettings.for_model(engine.defaults.learn)
     learn = replace(learn, steps=learn_steps) if learn_steps else learn
-    names = concepts.split(",") if concepts is not None else None
+    names = parse_names(concepts) if concepts is not None else None
     plan = make_plan(engine, part(loaded), methods, seeds, folders, names, learn, steps=steps, size=size)
     if several.first:
         expected = runner.estimate(engine, plan, output, batch_size)
@@ -333,9 +335,7 @@ def _score(
         raise MokusError(f"{folder} holds no run; make one by 'mokus bench knowcus run -o {folder}'.")
     loaded = load_suite(suite or plan["suite_file"])
     chosen = {name: value for name, value in models.items() if value}
-    metrics = metrics_for(
-        loaded.name, [name.strip() for name in (without or "").split(",") if name.strip()], device, **chosen
-    )
+    metrics = metrics_for(loaded.name, [name for name in parse_names(without or "") if name], device, **chosen)
     with Bars() as progress:
         score(folder, loaded, metrics, _roots(loaded, *roots), progress)
 

@@ -78,7 +78,7 @@ def _whole(folder: Path, plan: Row, judge: Row, found: Judged) -> Row:
             "without_answer": len(edited) - sum(map(len, plan["batches"])),
             "seconds": sum(each["seconds"] for each in edits),
         },
-        **results(plan, found),
+        **results(plan, found, judge["protocols"]),
         "cost": cost(found.values(), judge.get("price_in"), judge.get("price_out")),
         "failed": [*(read_json(folder / FAILED) or []), *_failed_judgements(found)],
     }  # fmt: skip

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from mokus.bench.knowcusbench.plan import image_file
 from mokus.bench.knowcusbench.recipe import digest
 from mokus.bench.knowcusbench.run import FAULTS
+from mokus.bench.state import load_edits, save_edits
 from mokus.bench.wise.entries import Entries, Entry
 from mokus.bench.wise.knowledge import Knowledge
 from mokus.editors import Editor, editor, rewrite
@@ -31,7 +30,7 @@ from mokus.files import read_json, write_json
 from mokus.generation import Generated, check_settings, draw, save_png
 from mokus.knowledge import check_text
 from mokus.knowledge_update import edit, request
-from mokus.low_rank import LowRankShift, Shifts, added, applied
+from mokus.low_rank import Shifts, added, applied
 from mokus.packs.manifest import versions
 from mokus.pipeline import Model, encode
 from mokus.settings import EditSettings
@@ -251,15 +250,16 @@ class Runner:
             shifts = done.shifts if done.taken else {}
             names = ("taken", "reason", "read_back", "alignment", "steps", "seconds")
             record |= {name: getattr(done, name) for name in names}
-        _save_shifts(shifts, self._shifts_file(key))
+        save_edits(self._shifts_file(key), [shifts], key)
         write_json(self._record_file(key), record)
         return shifts
 
     def _kept(self, key: str) -> Shifts | None:
-        """The shifts of an edit made before; None if it has to be made."""
+        """The shifts of an edit made before; None if it has to be made, as where they are damaged."""
         if self._record(key) is None:
             return None
-        return _load_shifts(self._shifts_file(key))
+        edits, _ = load_edits(self._shifts_file(key), key)
+        return edits[0] if edits else None
 
     def _record(self, key: str) -> dict[str, Any] | None:
         found = read_json(self._record_file(key))
@@ -325,24 +325,3 @@ def edit_records(folder: Path, plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
-
-
-def _save_shifts(shifts: Shifts, file: Path) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{path}.{name}": getattr(shift, name).contiguous().clone() for path, shift in shifts.items() for name in "AB"
-    }
-    beside = file.with_name(f".{file.name}.tmp")
-    save_file(tensors, beside)
-    beside.replace(file)
-
-
-def _load_shifts(file: Path) -> Shifts | None:
-    """None if the file is not there or damaged, so that the edit is made again."""
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError):
-        return None
-    paths = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
-    return {path: LowRankShift(tensors[f"{path}.A"], tensors[f"{path}.B"]) for path in paths}

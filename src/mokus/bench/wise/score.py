@@ -72,8 +72,8 @@ def judged(folder: Path, asked: dict[tuple[int, str, int, Version], Question]) -
     return {where: judgement for where, judgement in found.items() if judgement}
 
 
-def results(plan: Row, judgements: Judged) -> Row:
-    """All figures:
+def results(plan: Row, judgements: Judged, protocols: Sequence[str]) -> Row:
+    """All figures, of the protocols by which a judge was asked:
 
     variants   {name: {"most", "edited", "controls", "overall", "categories": [...], "subcategories": [...]}}, and of the three
                legacy scores one by one, parts {name: the same}. `edited`, `controls` and each category: {"before", "after",
@@ -81,13 +81,13 @@ def results(plan: Row, judgements: Judged) -> Row:
                whose score is the same.
     judgements {"scored", "failed", "missing"}
     """
-    protocols = {protocol for _, _, _, protocol in judgements}
+    used = {protocol for _, _, _, protocol in judgements}
     wanted = len(plan["items"]) * len(protocols)
     scored = sum(each.status == "scored" for each in judgements.values())
     failed = len(judgements) - scored
     return {
-        "variants": {v.name: _variant(plan, judgements, v) for v in VARIANTS if v.protocol in protocols},
-        "parts": {v.name: _variant(plan, judgements, v) for v in PARTS if v.protocol in protocols},
+        "variants": {v.name: _variant(plan, judgements, v) for v in VARIANTS if v.protocol in used},
+        "parts": {v.name: _variant(plan, judgements, v) for v in PARTS if v.protocol in used},
         "judgements": {"scored": scored, "failed": failed, "missing": wanted - scored - failed},
         "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "level": LEVEL},
     }

@@ -1,0 +1,41 @@
+"""Edits that a run has made, kept so that it goes on when it was stopped: factors as safetensors, all else in its metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from mokus import files
+from mokus.low_rank import LowRankShift, Shifts
+
+
+def save_edits(file: Path, edits: Sequence[Shifts], setup: Any, **more: Any) -> None:
+    """Keep the shifts of some edits, what they depend on, and more to be remembered of them."""
+    tensors = {
+        f"{i}/{path}/{side}": getattr(shift, side).detach().contiguous().clone()
+        for i, shifts in enumerate(edits) for path, shift in shifts.items() for side in "AB"
+    }  # fmt: skip
+    about = {"edits": len(edits), "setup": setup, **more}
+    files.write(file, save(tensors, metadata={"about": json.dumps(about)}))
+
+
+def load_edits(file: Path, setup: Any) -> tuple[list[Shifts], dict[str, Any]]:
+    """The same, edits and more; no edits if they are not there, damaged, or were made with another setup."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = json.loads((opened.metadata() or {}).get("about", "{}"))
+            if about.pop("setup", None) != json.loads(json.dumps(setup)):
+                return [], {}
+            edits: list[dict[str, LowRankShift]] = [{} for _ in range(about["edits"])]
+            for name in sorted(opened.keys()):
+                i, path, side = name.split("/")
+                if side == "A":
+                    edits[int(i)][path] = LowRankShift(opened.get_tensor(name), opened.get_tensor(f"{i}/{path}/B"))
+    except (OSError, SafetensorError):
+        return [], {}
+    return list(edits), about
