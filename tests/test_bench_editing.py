@@ -31,9 +31,7 @@ KEYS = {
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer captions, prompts, facts and forms."""
-    untouched = measure._untouched
     monkeypatch.setattr(measure, "CAPTIONS", 4)
-    monkeypatch.setattr(measure, "_untouched", lambda some: untouched(some)[:5])
     monkeypatch.setattr(measure, "DRIFT", 330)
 
 

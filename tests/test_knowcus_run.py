@@ -29,6 +29,7 @@ from mokus.bench.knowcusbench.manifest import Suite, load_suite
 from mokus.bench.knowcusbench.methods import METHODS, about, method
 from mokus.bench.knowcusbench.plan import Plan, asked, class_prompt, image_file, make_plan
 from mokus.bench.knowcusbench.run import Runner, Shard, estimate
+from mokus.bench.state import alone
 from mokus.cli import app
 from mokus.editors import EDITORS
 from mokus.errors import MokusError
@@ -528,7 +529,7 @@ def test_folder_of_another_run_is_refused(place: Path) -> None:
 
 
 def test_two_runs_at_once_are_refused(place: Path) -> None:
-    with run.alone(place / "out"):
+    with alone(place / "out"):
         found = command(f"{RUN} base -o out")
     assert found.exit_code == 2 and "another run is at work" in found.stderr
 

@@ -342,7 +342,8 @@ def test_a_misspelt_setting_gets_a_suggestion(kind: type[LearnSettings], name: s
         (LearnSettings, {"learning_rate": float("nan")}), (LearnSettings, {"tail_share": 1.5}), (LearnSettings, {"targets": []}),
         (EditSettings, {"steps": 0}), (EditSettings, {"eta": -0.1}), (EditSettings, {"layers": []}),
         (EditSettings, {"modules": []}), (EditSettings, {"near_weight": -1.0}), (EditSettings, {"ridge": float("nan")}),
-        (EditSettings, {"corpus": -1}),
+        (EditSettings, {"corpus": -1}), (EditSettings, {"ridge": float("inf")}), (EditSettings, {"alignment": 5.0}),
+        (LearnSettings, {"time_mean": float("-inf")}), (LearnSettings, {"alpha": float("nan")}),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name(kind: Callable[..., Any], chosen: dict[str, Any]) -> None:

@@ -229,7 +229,7 @@ def unbind(pack: ConceptPack, *knowledge: str) -> None:
 def ask(model: Model, question: str, shifts: Sequence[Shifts] = ()) -> str:
     """What the text encoder answers, greedily, to a question inside the prompt template, with shifts or without."""
     check_text(question, "question", "What is my favourite toy?")
-    return answers(model, [question], shifts)[0]
+    return answers(model, [question], shifts, LONGEST_ANSWER)[0]
 
 
 def edit(

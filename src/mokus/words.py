@@ -1,8 +1,8 @@
 """Words made of a tokenizer's own pieces, and references made of such words, to stand for whatever a user may say.
 
 An edit must not move references that it is not about, and no list of ours could hold their words: names, compounds, words
-that the tokenizer cuts into many pieces. If the preserved prompts (`knowledge_update`) lack such words, "made of odd
-words" is what the edit takes the knowledge to be, and every odd reference moves along.
+that the tokenizer cuts into many pieces. If what stands for everything else (`covariance`, `watch`) lacks such words, "made
+of odd words" is what the edit takes the knowledge to be, and every odd reference moves along.
 """
 
 from __future__ import annotations

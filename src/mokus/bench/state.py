@@ -1,21 +1,36 @@
-"""Edits that a run has made, kept so that it goes on when it was stopped: factors as safetensors, all else in its metadata."""
+"""What benchmarks' folders share: one run at a time, and edits that are kept so that a stopped one goes on."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from mokus import files
+from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift, Shifts
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside, no other run writes into the folder. Raises `MokusError` if one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(folder / ".lock", timeout=0))
+        except Timeout as error:
+            raise MokusError(f"another run is at work in {folder}; wait for it, or choose another folder.") from error
+        yield
+
+
 def save_edits(file: Path, edits: Sequence[Shifts], setup: Any, **more: Any) -> None:
-    """Keep the shifts of some edits, what they depend on, and more to be remembered of them."""
+    """Keep the shifts of some edits, as safetensors; in its metadata what they depend on, and more to be remembered of them."""
     tensors = {
         f"{i}/{path}/{side}": getattr(shift, side).detach().contiguous().clone()
         for i, shifts in enumerate(edits) for path, shift in shifts.items() for side in "AB"

@@ -24,7 +24,6 @@ from mokus.bench.editing.cases import (
     SEED,
     Case,
     captions,
-    reported_facts,
     resolved,
 )
 from mokus.editors.rewrite import rewritten
@@ -35,7 +34,7 @@ from mokus.knowledge import questions
 from mokus.low_rank import Shifts, applied
 from mokus.miniature import oracle, world
 from mokus.miniature.language import article
-from mokus.miniature.world import Fact, Subject
+from mokus.miniature.world import Subject
 from mokus.pipeline import Model, encode
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
@@ -70,7 +69,7 @@ class Measure:
             "generality_prompts": self._says(
                 [(p.format(c.phrase), resolved(c.new.words, scene)) for c in some for p, scene in PROMPTS.items()], edited
             ),
-            "locality_facts": self._as_before([f for g in _untouched(some) for f in twice(g.phrase)], edited),
+            "locality_facts": self._as_before([f for g in world.bystanders() for f in twice(g.phrase)], edited),
             "locality_captions": self._as_before(captions(CAPTIONS, SEED), edited),
             "locality_near_miss": self._as_before([t for p in self._near(some) for t in twice(p)], edited),
             "one_hop": self._says(
@@ -101,7 +100,7 @@ class Measure:
         return [said == self._answers[text] for said, text in zip(self._ask(texts, edited), texts, strict=True)]
 
     def _near(self, some: Sequence[Case]) -> list[str]:
-        """Same person, another relation, and same relation, another person: two of each that no edit knows of."""
+        """Same person, another relation, and same relation, another person: two of each, of which no edit and no corpus knows."""
         edited, found = {case.phrase for case in some}, []
         for case in some:
             if case.fact is None:
@@ -110,7 +109,7 @@ class Measure:
             rng = random.Random(case.phrase)
             for attribute in ("person", "relation"):
                 same = [
-                    fact.phrase for fact in world.facts()
+                    fact.phrase for fact in world.bystanders()
                     if getattr(fact, attribute) == getattr(case.fact, attribute) and fact.phrase not in taboo
                 ]  # fmt: skip
                 found += rng.sample(same, min(2, len(same)))
@@ -222,12 +221,6 @@ def twice(phrase: str) -> list[str]:
 
 def _with_one(x: Tensor) -> Tensor:
     return torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
-
-
-def _untouched(some: Sequence[Case]) -> list[Fact]:
-    """Facts that are reported on and not among these edits."""
-    edited = {case.phrase for case in some}
-    return [fact for fact in reported_facts() if fact.phrase not in edited]
 
 
 def _digest(model: Model) -> str:

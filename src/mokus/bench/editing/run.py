@@ -11,7 +11,7 @@ from pathlib import Path
 from mokus import files
 from mokus.bench.editing.cases import SEED, Case, cases
 from mokus.bench.editing.measure import Edited, Measure, Progress, Row
-from mokus.bench.state import load_edits, save_edits
+from mokus.bench.state import alone, load_edits, save_edits
 from mokus.editors import EDITORS, editor
 from mokus.errors import MokusError
 from mokus.knowledge import questions
@@ -22,6 +22,7 @@ from mokus.settings import EditSettings
 
 UNEDITED = "unedited"
 SINGLES = 12
+SAVE_EVERY = 60.0  # seconds
 
 
 def run(
@@ -42,12 +43,12 @@ def run(
         editor(name)
     if not counts or min(counts) < 1:
         raise MokusError(f"--edits got {list(counts)}, expected numbers from 1, such as 1,10,100.")
-    (folder / "rows").mkdir(parents=True, exist_ok=True)
     measure = Measure(model, images, progress)
-    rows = [_kept(folder, setup(model, UNEDITED, singles, images), 0, lambda: _unedited(measure, counts, singles))]
-    for name in editors:
-        rows += _rows_of(model, folder, name, sorted(set(counts)), singles, measure)
-    files.write_json(folder / "results.json", all_rows(folder), indent=1)
+    with alone(folder):
+        rows = [_kept(folder, setup(model, UNEDITED, singles, images), 0, lambda: _unedited(measure, counts, singles))]
+        for name in editors:
+            rows += _rows_of(model, folder, name, sorted(set(counts)), singles, measure)
+        files.write_json(folder / "results.json", all_rows(folder), indent=1)
     return rows
 
 
@@ -85,7 +86,7 @@ def _rows_of(model: Model, folder: Path, name: str, counts: list[int], singles: 
     sequence: _Sequence | None = None
     for count in [count for count in counts if count > 1]:
         if not (folder / "rows" / f"{name}-{count}.json").is_file():
-            sequence = sequence or _Sequence(model, folder, about, measure, max(counts), count)
+            sequence = sequence or _Sequence(model, folder, about, measure, max(counts))
             sequence.extend(count)
         rows.append(_kept(folder, about, count, lambda s=sequence: s.row()))  # type: ignore[misc]
     return rows
@@ -116,58 +117,54 @@ def _one_by_one(model: Model, name: str, singles: int, measure: Measure) -> Row:
 
 
 class _Sequence:
-    """Edits one after the other, kept in DIR/state, so that a stopped run goes on."""
+    """Edits one after the other, kept in DIR/state as they are made, so that a stopped run goes on."""
 
-    def __init__(self, model: Model, folder: Path, about: Row, measure: Measure, most: int, first: int) -> None:
-        name = about["editor"]
-        self.model, self.name, self.about, self.measure, self.all = model, name, about, measure, cases(most)
-        self.made = editor(name)(model, EditSettings.for_editor(model.defaults, editor=name))
-        self.file = folder / "state" / f"{name}.safetensors"
-        self.each: list[Shifts] = []
-        self.edited, self.known = Edited(), dict[str, bool]()
-        self.seconds: list[float] = []  # of each edit
-        self._resume(first)
+    def __init__(self, model: Model, folder: Path, about: Row, measure: Measure, most: int) -> None:
+        self.model, self.about, self.measure, self.all = model, about, measure, cases(most)
+        self.name = about["editor"]
+        self.made = editor(self.name)(model, EditSettings.for_editor(model.defaults, editor=self.name))
+        self.file = folder / "state" / f"{self.name}.safetensors"
+        self.each, kept = load_edits(self.file, about)  # all that are made, and those of them that are in place:
+        self.edited, self.n = Edited(), 0
+        self.known: dict[str, bool] = kept.get("known", {})  # whether each took when it was made
+        self.seconds: list[float] = kept.get("seconds", [])
 
-    def _resume(self, most: int) -> None:
-        """Take in the edits that are kept, but no more than the first figures are of."""
-        made, more = load_edits(self.file, self.about)
-        kept = self.all[: min(most, len(made))]
-        for case, shifts in zip(kept, made, strict=False):
-            self._take(case, shifts)
-        if kept:
-            self.known = {case.phrase: more["known"][case.phrase] for case in kept}
-            self.seconds = more["seconds"][: len(kept)]
+    def extend(self, count: int) -> None:
+        """Put edits in place until there are so many: those that are kept, and then new ones."""
+        saved, there = time.monotonic(), len(self.each)
+        for case in self.all[self.n : count]:
+            if self.n == len(self.each):
+                began = time.perf_counter()
+                self.each.append(self.made.edit(case.request, self.edited.shifts)[0])
+                self.seconds.append(time.perf_counter() - began)
+            self._place(case, self.each[self.n])
+            if case.phrase not in self.known:
+                self.known |= _as_made(self.measure, [case], self.edited)
+            if time.monotonic() - saved > SAVE_EVERY:
+                self._save()
+                saved, there = time.monotonic(), len(self.each)
+            if self.measure.progress:
+                self.measure.progress(f"{self.name}, edits", self.n, len(self.all), {})
+        if len(self.each) > there:
+            self._save()
 
-    def _take(self, case: Case, shifts: Shifts) -> None:
+    def _place(self, case: Case, shifts: Shifts) -> None:
         self.made.remember(case.request, self.edited.shifts, shifts)
-        self.each.append(shifts)
         self.edited.shifts = collected(added(self.edited.shifts, shifts))
         if self.name == "rewrite":
             self.edited.meant[case.phrase] = case.request.says
-
-    def extend(self, count: int) -> None:
-        """Make edits until there are so many."""
-        for case in self.all[len(self.each) : count]:
-            began = time.perf_counter()
-            shifts, _ = self.made.edit(case.request, self.edited.shifts)
-            self._take(case, shifts)
-            self.seconds.append(time.perf_counter() - began)
-            self.known |= _as_made(self.measure, [case], self.edited)
-            if self.measure.progress:
-                self.measure.progress(f"{self.name}, edits", len(self.each), len(self.all), {})
-        self._save()
+        self.n += 1
 
     def _save(self) -> None:
         """Everything it takes to go on; dense changes are not kept, for those editors begin anew."""
-        if sum(map(nbytes, self.each)) > 1 << 30:
-            return
-        save_edits(self.file, self.each, self.about, known=self.known, seconds=self.seconds)
+        if sum(map(nbytes, self.each)) <= 1 << 30:
+            save_edits(self.file, self.each, self.about, known=self.known, seconds=self.seconds)
 
     def row(self) -> Row:
         """Figures of all edits so far."""
-        row, n = self.measure.row(self.all[: len(self.each)], self.edited, self.known)
-        size = sum(map(nbytes, self.each)) / len(self.each)
-        row |= {"seconds_per_edit": sum(self.seconds) / len(self.each), "bytes_per_edit": float(size), "n": n}
+        row, n = self.measure.row(self.all[: self.n], self.edited, self.known)
+        size = sum(map(nbytes, self.each[: self.n])) / self.n
+        row |= {"seconds_per_edit": sum(self.seconds[: self.n]) / self.n, "bytes_per_edit": float(size), "n": n}
         return {**row, "norms": norms(self.model, self.edited.shifts)}
 
 

@@ -24,8 +24,6 @@ COUNTS = (1, 2, 3, 4, 5, 10, 20)
 ETAS = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the model's own
 WINDOWS = 3  # parts of the edited layers, from the lowest to the highest, each edited alone
 
-Editing = Callable[[EditSettings], EditSettings]
-
 
 @dataclass(frozen=True)
 class Sweep:

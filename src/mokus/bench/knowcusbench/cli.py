@@ -247,6 +247,7 @@ def _run(
     from mokus.bench.knowcusbench import run as runner
     from mokus.bench.knowcusbench.manifest import load_suite
     from mokus.bench.knowcusbench.plan import make_plan
+    from mokus.bench.state import alone
     from mokus.settings import LearnSettings
     from mokus.training.processes import Processes
 
@@ -268,7 +269,7 @@ def _run(
             return True
     elif plan_only:
         return False
-    with runner.alone(output) if several.first else nullcontext():
+    with alone(output) if several.first else nullcontext():
         if several.first:
             runner.write_plan(engine, replace(plan, suite=loaded), output, seeds, _command(), suite)
         several.wait()

@@ -349,12 +349,12 @@ def _sweeps(run: Run) -> list[Section]:
         "layers": "The layers of the text encoder that are edited.",
     }
     return [
-        Section(f"Ablation: {sweep['name']}", notes.get(sweep["name"].split()[0], ""), _sweep(run, sweep))
+        Section(f"Ablation: {sweep['name']}", notes.get(sweep["name"].split()[0], ""), _sweep(sweep))
         for sweep in run.sweeps
     ]
 
 
-def _sweep(run: Run, sweep: Row) -> list[Part]:
+def _sweep(sweep: Row) -> list[Part]:
     rows = sweep["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     if not names:

@@ -8,14 +8,12 @@ as a whole, so that its bytes are those of an uninterrupted run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from mokus import low_rank
@@ -175,18 +173,6 @@ class Runner:
 
 
 # --- a run's files ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Inside, no other run writes into the folder. Raises `MokusError` if one does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(FileLock(folder / ".lock", timeout=0))
-        except Timeout as error:
-            raise MokusError(f"another run is at work in {folder}; wait for it, or choose another folder.") from error
-        yield
 
 
 def write_plan(model: Model, plan: Plan, folder: Path, seeds: Sequence[int], command: str, source: str) -> None:

@@ -90,7 +90,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Edit, draw before and after; with --judge also judge and report. Exit code 1 if an item failed; run it again to go on."""
-    from mokus.bench.knowcusbench.run import alone
+    from mokus.bench.state import alone
     from mokus.bench.wise import run as runner
     from mokus.bench.wise.knowledge import HOWS, made
     from mokus.bench.wise.protocol import chosen
@@ -138,7 +138,7 @@ def judge_(
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Judge the images of a run, and report. Exit code 1 if a judgement failed or is left to ask for; run it again to go on."""
-    from mokus.bench.knowcusbench.run import alone
+    from mokus.bench.state import alone
     from mokus.bench.wise.protocol import chosen
     from mokus.bench.wise.run import read_plan
 
