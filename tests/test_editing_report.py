@@ -110,6 +110,7 @@ def test_what_is_wanted_is_compared(rows: list[Any]) -> None:
     for measured in rows:
         if measured["editor"] == figures.RECIPE and measured["edits"] == 1:
             measured.update(efficacy=0.99, generality_questions=0.969, locality_captions=None)
+        measured["image_direct"] = 1.0
     html = report.page(rows, {}, {}).split("<h2>Wanted</h2>")[1].split("</section>")[0]
     assert "1 of 7 after 1 edit and 0 of 8 after 100 edits" in unescape(html)
     assert html.count("✓ pass") == 1 and html.count("✗ miss") == 14 and html.count("not measured") == 1

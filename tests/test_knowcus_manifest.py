@@ -397,3 +397,9 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
 def test_renders_need_no_folder() -> None:
     states = check_photos(load_suite("miniature"), {})
     assert {(each.state, each.folder, each.problem) for each in states} == {("rendered", None, None)}
+
+
+def test_a_suite_of_characters_is_read_by_the_oracle_whatever_its_name() -> None:
+    characters = load_suite("miniature")
+    assert characters.rendered and characters.model_copy(update={"name": "mine"}).rendered
+    assert not load_suite("knowcus").model_copy(update={"name": "miniature"}).rendered

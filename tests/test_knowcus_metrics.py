@@ -467,7 +467,7 @@ def miniature(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_miniatures_metrics_need_nothing_but_the_package(miniature: None, models: Path) -> None:
-    found = metrics_for("miniature")
+    found = metrics_for(True)
     assert [metric.name for metric in found] == ["clip", "clip_i_seg", "oracle"]
     assert [metric.about["id"] for metric in found] == ["miniature"] * 3
     assert found[1].about["segmenter_id"] == "miniature" and len(found[1].about["segmenter_sha256"] or "") == 64
@@ -475,13 +475,13 @@ def test_the_miniatures_metrics_need_nothing_but_the_package(miniature: None, mo
     for metric in found:
         (values,) = metric(shown)
         assert set(values) == set(metric.columns)
-    more = metrics_for("miniature", without=["clip_i_seg", "oracle"], dino=str(models / "dino"))
+    more = metrics_for(True, without=["clip_i_seg", "oracle"], dino=str(models / "dino"))
     assert [metric.name for metric in more] == ["clip", "dino"]
 
 
 def test_real_suites_have_all_metrics_but_the_oracle(models: Path) -> None:
     names = {name: str(models / name) for name in ("clip", "dino", "detector", "segmenter")}
-    found = metrics_for("knowcus", pick=str(models / "clip"), **names)
+    found = metrics_for(False, pick=str(models / "clip"), **names)
     assert [metric.name for metric in found] == ["clip", "clip_i_seg", "dino", "pick"]
     assert [column for metric in found for column in metric.columns] == [
         "clip_i", "clip_t", "clip_t_class", "clip_i_seg_source", "clip_i_seg_both", "clip_i_seg_references_missed",
@@ -489,7 +489,7 @@ def test_real_suites_have_all_metrics_but_the_oracle(models: Path) -> None:
     ]  # fmt: skip
     assert all(value is None or isinstance(value, str) for metric in found for value in metric.about.values())
     assert found[1].about["segmenter_detector_id"] == "detector"
-    assert metrics_for("knowcus", without=["clip", "clip_i_seg", "dino", "pick"]) == []
+    assert metrics_for(False, without=["clip", "clip_i_seg", "dino", "pick"]) == []
 
 
 def test_every_model_of_the_hub_is_pinned_to_a_commit() -> None:
@@ -499,7 +499,7 @@ def test_every_model_of_the_hub_is_pinned_to_a_commit() -> None:
 
 def test_an_unknown_metric_or_device(models: Path) -> None:
     with pytest.raises(MokusError, match="no metric 'fid' to leave out, expected some of clip, clip_i_seg, dino"):
-        metrics_for("knowcus", without=["fid"])
+        metrics_for(False, without=["fid"])
     with pytest.raises(MokusError, match="the device 'abacus'"):
         Dino(str(models / "dino"), device="abacus")
 
@@ -510,10 +510,10 @@ def test_a_model_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(
         MokusError, match=r"'openai/clip-vit-base-patch32@3d74.*by --clip, or .* --without clip\."
     ) as caught:
-        metrics_for("knowcus")
+        metrics_for(False)
     assert "\n" not in str(caught.value)
     with pytest.raises(MokusError, match=r"'nobody/nothing' cannot be had .*--dino.*--without dino"):
-        metrics_for("knowcus", without=["clip", "clip_i_seg"], dino="nobody/nothing")
+        metrics_for(False, without=["clip", "clip_i_seg"], dino="nobody/nothing")
     with pytest.raises(MokusError, match=r"empty.*config\.json"):
         Dino(str(_made(tmp_path / "empty")))
 
@@ -634,6 +634,7 @@ def run(tmp_path: Path, suite: Suite) -> Path:
                 picture(int(key[:8], 16)).point(lambda v, n=number, i=i: v // (1 + 3 * n * i)).save(file)
     plan = {
         "suite": suite.name, "suite_sha256": digest(suite.model_dump()), "photos": {"n": 2, "seed": 3}, "items": items,
+        "suite_file": "suite.yaml", "settings": {}, "seeds": [0], "commands": [], "methods": ["mokus", "anchor"],
     }  # fmt: skip
     (folder / "plan.json").write_text(json.dumps(plan))
     photos = tmp_path / "photos" / "mug"
@@ -790,7 +791,7 @@ def test_photos_of_what_was_not_drawn_are_not_needed(run: Path, suite: Suite) ->
 
 
 def test_a_folder_that_is_no_run_of_the_suite(run: Path, suite: Suite, tmp_path: Path) -> None:
-    with pytest.raises(MokusError, match=r"holds no plan\.json; expected the folder of a run"):
+    with pytest.raises(MokusError, match="holds no run; make one by"):
         score(tmp_path, suite, [Brightness()])
     other = suite.model_copy(update={"rare_token": "zwx"})
     with pytest.raises(MokusError, match="holds a run of another suite than small"):
@@ -800,11 +801,11 @@ def test_a_folder_that_is_no_run_of_the_suite(run: Path, suite: Suite, tmp_path:
 def test_a_run_is_scored_by_real_metrics(
     run: Path, suite: Suite, roots: dict[str, Path], miniature: None, models: Path
 ) -> None:
-    found = metrics_for("miniature", dino=str(models / "dino"), pick=str(models / "clip"))
+    found = metrics_for(True, dino=str(models / "dino"), pick=str(models / "clip"))
     scores = score(run, suite, found, roots)
     columns = [column for metric in found for column in metric.columns]
     assert all(set(columns) <= set(row) for row in scores["rows"]) and len(scores["rows"]) == 16
     assert all(row["oracle_asked"] is None for row in scores["rows"])
-    again = metrics_for("miniature", dino=str(models / "dino"), pick=str(models / "clip"))
+    again = metrics_for(True, dino=str(models / "dino"), pick=str(models / "clip"))
     assert [metric.about for metric in again] == [metric.about for metric in found]
     assert score(run, suite, again, roots) == scores

@@ -425,6 +425,53 @@ def test_run_and_run_again(place: Path) -> None:
     assert json.loads((place / "out/plan.json").read_text())["methods"] == ["base", "anchor", "rewrite"]
 
 
+def test_what_failed_before_is_not_forgotten(place: Path) -> None:
+    """By a run of other methods in the same folder; what fails again or is drawn now is there once or not at all."""
+    (place / "album" / "robot" / "0.png").write_bytes(b"no image")
+    assert command(f"{RUN} anchor -o out").exit_code == 1
+    failed = json.loads((place / "out/failed.json").read_text())
+    assert failed and {each["concept"] for each in failed} == {"robot"}
+    assert command(f"{RUN} base -o out").exit_code == 0
+    assert json.loads((place / "out/failed.json").read_text()) == failed
+    assert command(f"{RUN} anchor -o out").exit_code == 1
+    assert json.loads((place / "out/failed.json").read_text()) == failed
+
+
+def test_concepts_are_named_with_spaces_between_them(place: Path) -> None:
+    found = CliRunner().invoke(app, [*f"{RUN} base -o out --plan --concepts".split(), "duck, robot"])
+    assert found.exit_code == 0 and "2 concepts" in found.stderr, found.output
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("scores.json", {"rows": []}), ("scores.json", [1]), ("scores.json", {"metrics": {}, "rows": [1]}),
+        ("plan.json", {"a": 1}), ("plan.json", []),
+    ],
+)  # fmt: skip
+def test_a_file_that_no_run_wrote_is_one_sentence(place: Path, name: str, content: Any) -> None:
+    assert command(f"{RUN} base -o out").exit_code == 0
+    (place / "out" / name).write_text(json.dumps(content))
+    found = command("bench knowcus report out --photos album=album --without clip,clip_i_seg,dino,pick")
+    assert (found.exit_code, found.stdout) == (2, "") and "is not as a run writes it" in found.stderr
+    if name == "plan.json":
+        assert "is not as a run writes it" in command(f"{RUN} base -o out").stderr
+
+
+@pytest.mark.exhaustive
+def test_a_concept_without_photos_leaves_the_others_scored(place: Path) -> None:
+    clip = Path(pipeline.__file__).parent / "miniature/weights/clip"
+    measured = f"--photos album=album --clip {clip} --without clip_i_seg,dino,pick"
+    (place / "album" / "robot" / "0.png").write_bytes(b"no image")
+    assert command(f"{RUN} base,anchor -o out").exit_code == 1
+    assert command(f"bench knowcus report out {measured}").exit_code == 0
+    scores = json.loads((place / "out/scores.json").read_text())
+    assert {row["concept"] for row in scores["rows"]} == {"duck"}
+    assert "cannot be read" in next(row["reason"] for row in scores["missing"] if row["method"] == "base")
+    swept = command(f"bench knowcus ablate --sweep eta --suite suite.yaml --seeds 0 -o swept {measured}")
+    assert swept.exit_code == 1 and (place / "swept/ablation.json").is_file()
+
+
 def test_check_says_what_there_is(place: Path) -> None:
     check = "bench knowcus check --suite suite.yaml --photos album=album"
     found = command(check)

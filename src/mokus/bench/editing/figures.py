@@ -117,12 +117,15 @@ WANTED = [
     ("locality_facts", "locality: other facts", (0.99, 0.97)),
     ("locality_captions", "locality: captions", (0.99, 0.97)),
     ("locality_near_miss", "locality: near misses", (0.95, 0.90)),
-    ("image_efficacy", "images, relative to direct captions", (0.95, 0.90)),
+    ("image_relative", "images, relative to direct captions", (0.95, 0.90)),
 ]
 
 
 def value_of(row: Row, key: str) -> float | None:
-    """A figure of a row; None if it was not measured."""
+    """A figure of a row; None if it was not measured. "image_relative": efficacy over that of direct captions."""
+    if key == "image_relative":
+        edited, direct = value_of(row, "image_efficacy"), value_of(row, "image_direct")
+        return edited / direct if edited is not None and direct else None
     value = row.get(key)
     return None if value is None or math.isnan(value) else float(value)
 

@@ -48,6 +48,7 @@ from mokus.files import read_json
 RESAMPLES, SEED, LEVEL = 10_000, 0, 0.95
 KINDS = ("reconstruction", "generation")
 REFERENCES = ("mokus", "anchor")
+TRAINED = "training_seconds"  # of a sweep, besides the columns
 MARK = "@"  # in the names of a sweep's methods, which are no methods of the tables
 ASKED = "oracle_asked"  # the one column that is null, too, where there is nothing to measure
 
@@ -94,7 +95,9 @@ COLUMNS = (
     Column("clip_i_seg_source", "CLIP-I-Seg (photos)", "the same, with the background of the photos taken away"),
     Column("clip_i_seg_both", "CLIP-I-Seg (both)", "the same, with the background of photos and image taken away"),
     Column("dino", "DINO", "cosine of the image and the photos, by DINO"),
-    Column("oracle_asked", "asked (oracle)", "share of what the prompt asks for that the oracle sees", _PROMPTS, share),
+    Column("oracle_asked", "asked (oracle)",
+           "share of the scenes and styles asked for that the oracle sees; it reads no materials and no second thing",
+           _PROMPTS, share),
     Column("clip_t", "CLIP-T", "cosine of the image and the prompt, with the knowledge in it", _PROMPTS),
     Column("clip_t_class", "CLIP-T (class)", "the same, with the class word for the knowledge", _PROMPTS),
     Column("pick", "Pick", "PickScore of the image and the prompt, with the knowledge in it", _PROMPTS, "{:.2f}".format),
@@ -332,13 +335,14 @@ def difference(run: Run, method: str, reference: str, kind: str, column: str) ->
 
 
 def swept(run: Run, method: str) -> Row:
-    """What ablation.json holds of one value of a sweep: {"figures", "interval"}, by "kind column"."""
+    """What ablation.json holds of one value of a sweep: {"figures", "interval"}, by "kind column", and "training_seconds"."""
     rows = {f"{kind} {c.key}": figure(run.of(method, kind), c.key) for kind in KINDS for c in run.columns(kind)}
     measured = {name: row for name, row in rows.items() if row["images"]}
-    return {
-        "figures": {name: row["macro"] for name, row in measured.items()},
-        "interval": {name: row["interval"] for name, row in measured.items()},
-    }
+    figures = {name: row["macro"] for name, row in measured.items()}
+    between = {name: row["interval"] for name, row in measured.items()}
+    if trained := seconds(run, method, "learn", "bind"):
+        figures[TRAINED], between[TRAINED] = macro(trained), interval(trained)
+    return {"figures": figures, "interval": between}
 
 
 def seconds(run: Run, method: str, *parts: str) -> dict[str, list[float]]:

@@ -123,7 +123,7 @@ def _level(name: str, points: dict[float, float], column: Column) -> Part:
 def titled(name: str) -> str:
     """The name of a figure in a sweep, "clip_i" or "generation clip_i", as it is shown."""
     *kind, key = name.split()
-    return ", ".join([*kind, BY_KEY[key].name if key in BY_KEY else key])
+    return ", ".join([*kind, BY_KEY[key].name if key in BY_KEY else key.replace("_", ", ")])
 
 
 def _as_in_the_paper(run: Run) -> Iterator[Part]:

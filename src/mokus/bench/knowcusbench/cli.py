@@ -29,7 +29,7 @@ from mokus.console import (
     stdout,
 )
 from mokus.errors import MokusError
-from mokus.files import read_json, write_json
+from mokus.files import read_json
 
 if TYPE_CHECKING:
     from mokus.bench.knowcusbench.manifest import Suite
@@ -175,6 +175,8 @@ def ablate(
     model: ModelOption = None,
     batch_size: BatchOption = 32,
     learn_steps: LearnStepsOption = None,
+    steps: StepsOption = None,
+    size: SizeOption = None,
     clip: ClipOption = None,
     dino: DinoOption = None,
     pick: PickOption = None,
@@ -195,18 +197,21 @@ def ablate(
     loaded, roots = load_suite(suite), (dreambench, customconcept101, photos)
     chosen = sweeps.chosen(loaded, names, defaults_of(model))
     methods = {name: each for one in chosen for name, each in one.methods.items()}
-    goes_on = _run(
-        output, suite, methods, parse_seeds(seeds), concepts, roots, model, batch_size, learn_steps, None, None, False,
+    failed = _run(
+        output, suite, methods, parse_seeds(seeds), concepts, roots, model, batch_size, learn_steps, steps, size, False,
         as_json, sweeps.first_alone, last=False,
     )  # fmt: skip
-    if not goes_on:
+    if failed is None:
         return
     models = {"clip": clip, "dino": dino, "pick": pick, "detector": detector, "segmenter": segmenter}
     _score(output, suite, roots, None, without, **models)
     sweeps.write(output, chosen)
     if as_json:
-        return print_json(read_json(output / "ablation.json"))
-    typer.echo(f"{output / 'ablation.json'}; 'mokus bench knowcus report {output}' draws it")
+        print_json(read_json(output / "ablation.json"))
+    else:
+        typer.echo(f"{output / 'ablation.json'}; 'mokus bench knowcus report {output}' draws it")
+    if failed:
+        raise typer.Exit(1)
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
@@ -239,10 +244,10 @@ def _run(
     output: Path, suite: str, methods: dict[str, Method], seeds: list[int], concepts: str | None, roots: Any,
     model: str | None, batch_size: int, learn_steps: int | None, steps: int | None, size: int | None, plan_only: bool,
     as_json: bool, part: Callable[[Suite], Suite] = lambda suite: suite, last: bool = True,
-) -> bool:  # fmt: skip
-    """Plan, say so, draw, and end with exit code 1 if an item failed. Returns whether this is the process that goes on.
+) -> list[Failed] | None:  # fmt: skip
+    """Plan, say so, and draw. Returns what failed, or None if another process goes on.
 
-    `last`: nothing comes after it, so what was drawn is said.
+    `last`: nothing comes after it, so what was drawn is said, and if something failed it ends with exit code 1.
     """
     from mokus.bench.knowcusbench import run as runner
     from mokus.bench.knowcusbench.manifest import load_suite
@@ -266,9 +271,9 @@ def _run(
         if plan_only:
             if as_json:
                 print_json({"counts": loaded.counts(), **asdict(expected)})
-            return True
+            return []
     elif plan_only:
-        return False
+        return None
     with alone(output) if several.first else nullcontext():
         if several.first:
             runner.write_plan(engine, replace(plan, suite=loaded), output, seeds, _command(), suite)
@@ -279,12 +284,12 @@ def _run(
         failed = several.gathered(failed)
         if several.first:
             runner.write_training(plan, work.shelf, output)
-            write_json(output / "failed.json", [asdict(each) for each in failed])
+            runner.write_failed(plan, failed, output)
     if several.first:
         _finish(output, plan.images(), failed, as_json, last)
-    if failed:
+    if failed and (last or not several.first):
         raise typer.Exit(1)
-    return several.first
+    return failed if several.first else None
 
 
 def plan_lines(suite: Suite, items: list[Any], expected: Estimate, processes: int) -> list[str]:
@@ -329,14 +334,12 @@ def _score(
     """Score what is not scored yet."""
     from mokus.bench.knowcusbench.manifest import load_suite
     from mokus.bench.knowcusbench.metrics import metrics_for
+    from mokus.bench.knowcusbench.plan import read_plan
     from mokus.bench.knowcusbench.score import score
 
-    plan = read_json(folder / "plan.json")
-    if plan is None:
-        raise MokusError(f"{folder} holds no run; make one by 'mokus bench knowcus run -o {folder}'.")
-    loaded = load_suite(suite or plan["suite_file"])
+    loaded = load_suite(suite or read_plan(folder)["suite_file"])
     chosen = {name: value for name, value in models.items() if value}
-    metrics = metrics_for(loaded.name, [name for name in parse_names(without or "") if name], device, **chosen)
+    metrics = metrics_for(loaded.rendered, [name for name in parse_names(without or "") if name], device, **chosen)
     with Bars() as progress:
         score(folder, loaded, metrics, _roots(loaded, *roots), progress)
 

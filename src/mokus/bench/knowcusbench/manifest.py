@@ -136,6 +136,11 @@ class Suite(_Data):
             raise PydanticCustomError("suite", "{sentence}", {"sentence": sentence, "at": at})
         return self
 
+    @property
+    def rendered(self) -> bool:
+        """Whether all concepts are characters of the miniature's world, whose images the oracle can read."""
+        return all(concept.source == RENDERED for concept in self.concepts)
+
     def anchor(self, concept: Concept) -> str:
         """What the photos of the concept are learned as: "sks toy"."""
         return f"{self.rare_token} {concept.class_word}"

@@ -20,6 +20,7 @@ from mokus.bench.knowcusbench.methods import Method
 from mokus.bench.knowcusbench.recipe import Case, Recipe, digest
 from mokus.editors import EDITORS
 from mokus.errors import MokusError
+from mokus.files import read_json
 from mokus.generation import check_settings
 from mokus.photos import load_photos
 from mokus.pipeline import Model
@@ -194,3 +195,16 @@ def _sha256(images: Sequence[Image.Image]) -> str:
     for image in images:
         found.update(image.tobytes())
     return found.hexdigest()
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """DIR/plan.json of a run. Raises `MokusError` if there is none, or if it is not what a run writes."""
+    plan = read_json(folder / "plan.json")
+    if plan is None:
+        raise MokusError(f"{folder} holds no run; make one by 'mokus bench knowcus run -o {folder}'.")
+    names = ("suite_sha256", "suite_file", "photos", "settings", "seeds", "commands", "methods", "items")
+    if not isinstance(plan, dict) or any(name not in plan for name in names) or not isinstance(plan["items"], list):
+        raise MokusError(
+            f"{folder / 'plan.json'} is not as a run writes it; take it away, and run the benchmark there again."
+        )
+    return plan

@@ -359,7 +359,7 @@ def _sweep(sweep: Row) -> list[Part]:
     names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     if not names:
         return []
-    columns = {name: BY_KEY.get(name.split()[-1], Column(name, name, "")) for name in names}
+    columns = {name: BY_KEY.get(name.split()[-1], Column(name, name, "", text="{:.1f}".format)) for name in names}
     places = [row["label"] for row in rows]
     drawn = [
         Chart(titled(name), column, places, [Series(sweep["name"], COLOURS[OURS], [_swept(row, name) for row in rows])], True,

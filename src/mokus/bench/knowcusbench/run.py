@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mokus import low_rank
 from mokus.bench.knowcusbench.packs import Progress, Shelf
-from mokus.bench.knowcusbench.plan import PHOTO_SEED, PHOTOS, Item, Plan, image_file
+from mokus.bench.knowcusbench.plan import PHOTO_SEED, PHOTOS, Item, Plan, image_file, read_plan
 from mokus.bench.knowcusbench.recipe import digest
 from mokus.errors import MokusError
 from mokus.files import read_json, write_json
@@ -190,10 +190,10 @@ def write_plan(model: Model, plan: Plan, folder: Path, seeds: Sequence[int], com
         "settings": {**plan.settings, "learn": asdict(plan.learn)}, "photos": {"n": PHOTOS, "seed": PHOTO_SEED},
     }  # fmt: skip
     rows = {(row["method"], row["key"], row["prompt"]): row for row in map(asdict, plan.items)}
-    old = read_json(folder / "plan.json")
+    old = read_plan(folder) if (folder / "plan.json").is_file() else None
     seeds, commands = list(seeds), [command]
     if old:
-        if differing := [name for name in fields if old[name] != fields[name]]:
+        if differing := [name for name in fields if old.get(name) != fields[name]]:
             raise MokusError(
                 f"{folder} holds a run with another {' and '.join(differing)}; choose another folder for this one."
             )
@@ -210,6 +210,16 @@ def write_plan(model: Model, plan: Plan, folder: Path, seeds: Sequence[int], com
         "suite_file": str(Path(source).resolve() if Path(source).is_file() else source),
         "items": list(rows.values()),
     })  # fmt: skip
+
+
+def write_failed(plan: Plan, failed: Sequence[Failed], folder: Path) -> None:
+    """DIR/failed.json: what failed now, and what failed before, is not there yet and was not tried again."""
+    tried = {item.key for item in plan.items}
+    before = [
+        each for each in read_json(folder / "failed.json") or []
+        if each["key"] not in tried and not image_file(folder, each["key"]).is_file()
+    ]  # fmt: skip
+    write_json(folder / "failed.json", [*before, *map(asdict, failed)])
 
 
 def write_training(plan: Plan, shelf: Shelf, folder: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mokus.bench.knowcusbench.manifest import RENDERED, Concept, Suite
 from mokus.bench.knowcusbench.metrics import Metric, Shown
-from mokus.bench.knowcusbench.plan import image_file
+from mokus.bench.knowcusbench.plan import image_file, read_plan
 from mokus.bench.knowcusbench.recipe import digest
 from mokus.errors import MokusError
 from mokus.files import read_json, write_json
@@ -47,8 +47,9 @@ def score(
     "missing": [{"method", "concept", "key", "reason"}]}; the missing ones have no rows.
 
     Metrics that are not given keep what they have measured. `roots`: the folder of each source's photos.
-    `progress(metric, done, total, {"concept"})` counts rows. It may be killed at any time and goes on where it was. Raises
-    `MokusError` if the folder holds no run of the suite, or the photos of a concept that was drawn cannot be read.
+    `progress(metric, done, total, {"concept"})` counts rows. It may be killed at any time and goes on where it was. The
+    images of a concept whose photos cannot be read are missing. Raises `MokusError` if the folder holds no run of the
+    suite, or the folder of a source of photos was not named.
     """
     scores = _Scores(folder, _plan(folder, suite), suite, roots or {})
     try:
@@ -79,11 +80,7 @@ def references(
         from mokus.miniature import world
 
         return tuple(world.character_photos(concept.name, photos["n"], photos["seed"], world.SIZE))
-    if concept.source not in roots:
-        raise MokusError(
-            f"images of {concept.name} are compared with its photos, and no folder of {concept.source} was named; "
-            f"name it by --{concept.source} DIR or --photos {concept.source}=DIR."
-        )
+    _check_named(concept, roots)
     return tuple(photo.image for photo in load_photos(roots[concept.source] / concept.name, size))
 
 
@@ -111,7 +108,7 @@ class _Scores:
 
     def __init__(self, folder: Path, plan: dict[str, Any], suite: Suite, roots: Mapping[str, Path]) -> None:
         self.folder = folder
-        before = read_json(folder / FILE) or {"metrics": {}, "rows": []}
+        before = _before(folder / FILE)
         self.about: dict[str, dict[str, str | None]] = before["metrics"]
         self.missing: list[dict[str, str]] = []
         self.rows: list[_Row] = []
@@ -123,6 +120,9 @@ class _Scores:
         for item in plan["items"]:
             if not image_file(folder, item["key"]).is_file():
                 self._miss(item, "not drawn")
+                continue
+            if fault := photos.fault(item["concept"]):
+                self._miss(item, fault)
                 continue
             self._items.setdefault(item["key"], []).append(item)
             concept, images, sha256 = photos[item["concept"]]
@@ -173,7 +173,7 @@ class _Scores:
                 return image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for a broken PNG
             for item in self._items.pop(key, ()):
-                self._miss(item, f"{file} cannot be read ({error})")
+                self._miss(item, f"{file} cannot be read ({error}); take it away, and the run draws it again")
             self.rows = [row for row in self.rows if row.item["key"] != key]
             return None
 
@@ -182,25 +182,54 @@ class _Scores:
 
 
 class _References:
-    """Concepts with their photos and the photos' hash, read when they are first asked for."""
+    """Concepts with their photos and the photos' hash, read once; `fault` comes before the concept itself."""
 
     def __init__(self, concepts: dict[str, Concept], roots: Mapping[str, Path], photos: Mapping[str, int]) -> None:
         self._concepts, self._roots, self._photos = concepts, roots, photos
         self._known: dict[str, tuple[Concept, tuple[Image.Image, ...], str]] = {}
+        self._faults: dict[str, str] = {}
+
+    def fault(self, name: str) -> str:
+        """What is wrong with the photos of a concept; empty if they are there."""
+        concept = self._concepts[name]
+        _check_named(concept, self._roots)
+        if name not in self._known and name not in self._faults:
+            try:
+                self._known[name] = self._read(concept)
+            except MokusError as error:
+                self._faults[name] = str(error)
+        return self._faults.get(name, "")
 
     def __getitem__(self, name: str) -> tuple[Concept, tuple[Image.Image, ...], str]:
-        if name not in self._known:
-            concept = self._concepts[name]
-            images = references(concept, self._roots, self._photos)
-            sha256 = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
-            self._known[name] = concept, images, sha256
         return self._known[name]
+
+    def _read(self, concept: Concept) -> tuple[Concept, tuple[Image.Image, ...], str]:
+        images = references(concept, self._roots, self._photos)
+        return concept, images, hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
+
+
+def _check_named(concept: Concept, roots: Mapping[str, Path]) -> None:
+    if concept.source != RENDERED and concept.source not in roots:
+        raise MokusError(
+            f"images of {concept.name} are compared with its photos, and no folder of {concept.source} was named; "
+            f"name it by --{concept.source} DIR or --photos {concept.source}=DIR."
+        )
+
+
+def _before(file: Path) -> dict[str, Any]:
+    """What was scored already. Raises `MokusError` if the file is not what this module writes."""
+    found = read_json(file)
+    if found is None:
+        return {"metrics": {}, "rows": []}
+    rows, metrics = (found.get("rows"), found.get("metrics")) if isinstance(found, dict) else (None, None)
+    whole = isinstance(metrics, dict) and isinstance(rows, list)
+    if not whole or not all(isinstance(row, dict) and "seen" in row for row in rows or ()):
+        raise MokusError(f"{file} is not as a run writes it; take it away, and all is scored again.")
+    return dict(found)
 
 
 def _plan(folder: Path, suite: Suite) -> dict[str, Any]:
-    plan: dict[str, Any] | None = read_json(folder / "plan.json")
-    if plan is None:
-        raise MokusError(f"{folder} holds no plan.json; expected the folder of a run of 'mokus bench knowcus run'.")
+    plan = read_plan(folder)
     if plan["suite_sha256"] != digest(suite.model_dump()):
         raise MokusError(
             f"{folder} holds a run of another suite than {suite.name} as it is now; name the one it was drawn from."

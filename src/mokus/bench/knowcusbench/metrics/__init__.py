@@ -57,7 +57,7 @@ class Metric(Protocol):
 
 
 def metrics_for(
-    suite: str,
+    rendered: bool,
     without: Sequence[str] = (),
     device: str | None = None,
     *,
@@ -67,17 +67,16 @@ def metrics_for(
     detector: str | None = None,
     segmenter: str | None = None,
 ) -> list[Metric]:
-    """The metrics of the suite of that name, loaded: of "miniature" with the models in the package, else those of `MODELS`.
+    """The metrics of a suite, loaded: of `rendered` characters with the models in the package, else those of `MODELS`.
 
     `without`: names of some to leave out. `clip` and the others: another model, "owner/name", "owner/name@revision" or
-    a folder; the miniature's suite has `dino` and `pick` only if they are named. `device`: "cpu", "cuda"; a GPU if there
+    a folder; such a suite has `dino` and `pick` only if they are named. `device`: "cpu", "cuda"; a GPU if there
     is one. Raises `MokusError` for an unknown metric, or for a model that cannot be had or is of another kind.
     """
     if unknown := [name for name in without if name not in METRICS]:
         raise MokusError(f"there is no metric {unknown[0]!r} to leave out, expected some of {', '.join(METRICS)}.")
-    small = suite == "miniature"
     named = {"dino": dino, "pick": pick}
-    standard = ("clip", "clip_i_seg", *(n for n in named if named[n]), "oracle") if small else METRICS[:-1]
+    standard = ("clip", "clip_i_seg", *(n for n in named if named[n]), "oracle") if rendered else METRICS[:-1]
     wanted = [name for name in standard if name not in without]
 
     from mokus.bench.knowcusbench.metrics import clip as clips
@@ -86,12 +85,12 @@ def metrics_for(
     found: list[Metric] = []
     if {"clip", "clip_i_seg"} & {*wanted}:
         encoder = (
-            clips.miniature(device) if small and not clip else clips.Encoder(clip or MODELS["clip"], device=device)
+            clips.miniature(device) if rendered and not clip else clips.Encoder(clip or MODELS["clip"], device=device)
         )
     if "clip" in wanted:
         found.append(clips.Clip(encoder))
     if "clip_i_seg" in wanted:
-        if small and not (detector or segmenter):
+        if rendered and not (detector or segmenter):
             cutter: segmentation.Segmenter = segmentation.Miniature()
         else:
             cutter = segmentation.GroundedSam(
