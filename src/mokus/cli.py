@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mokus import __version__
-from mokus.bench import uses_cli
+from mokus import __version__, uses_cli
+from mokus.bench import uses_cli as bench_uses_cli
+from mokus.bench.editing.cli import editing
 from mokus.bench.knowcusbench.cli import knowcus
 from mokus.bench.wise.cli import wise
 from mokus.console import (
@@ -21,14 +21,16 @@ from mokus.console import (
     DeviceOption,
     JsonOption,
     ModelOption,
+    PackArgument,
     SeedsOption,
+    check_free,
     file_names,
     hush,
     load_model,
     note,
-    parse_counts,
-    parse_names,
+    open_pack,
     parse_seeds,
+    print_edits,
     print_json,
     settings_options,
     stdout,
@@ -41,7 +43,6 @@ from mokus.settings import EditSettings, LearnSettings
 from mokus.studio import serve_cli, ui_cli
 
 if TYPE_CHECKING:
-    from mokus.knowledge_update import Edit
     from mokus.low_rank import Shifts
     from mokus.packs.concept_pack import ConceptPack
     from mokus.training.processes import Processes
@@ -58,10 +59,9 @@ bench = typer.Typer(cls=Commands, no_args_is_help=True, help="Benchmarks, on the
 app.add_typer(bench, name="bench")
 bench.add_typer(knowcus, name="knowcus")
 bench.add_typer(wise, name="wise")
-uses_cli.register(bench)
-doctor_cli.register(app)
+bench.command()(editing)
+bench_uses_cli.register(bench)
 
-PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
 PackOption = Annotated[list[Path] | None, typer.Option("--pack", help="A concept pack to use; may be repeated.")]
 PreferOption = Annotated[
     Path | None,
@@ -69,11 +69,6 @@ PreferOption = Annotated[
         "--prefer", metavar="PACK", help="The pack whose meaning counts, for a phrase that several packs bind."
     ),
 ]
-WordsOutput = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="PACK", help="Where the concept pack goes.",
-                 show_default="here, named after what it is of"),
-]  # fmt: skip
 
 
 @app.command()
@@ -123,7 +118,7 @@ def learn(
             f"Missing {missing}: expected PHOTOS, --anchor and --output, or --batch with a file of many concepts; "
             "see 'mokus learn --help'."
         )
-    _check_free(output, overwrite)
+    check_free(output, overwrite)
     _check_photos(photos)
     processes = _processes(device)
     loaded = load_model(model, processes.device or device)
@@ -175,7 +170,7 @@ def bind(
         raise MokusError(
             f"--question goes with one knowledge, and {len(knowledge)} were given; bind them one at a time."
         )
-    opened = _open(pack)
+    opened = open_pack(pack)
     loaded = load_model(model, device)
     from mokus.knowledge_update import bind
 
@@ -185,7 +180,7 @@ def bind(
     if as_json:
         print_json([{key: value for key, value in vars(edit).items() if key != "shifts"} for edit in edits])
     else:
-        _print_edits(edits)
+        print_edits(edits)
     if not all(edit.taken for edit in edits):
         raise typer.Exit(1)
 
@@ -199,7 +194,7 @@ def unbind(
     as_json: JsonOption = False,
 ) -> None:
     """Take knowledge out of a pack: exactly its part, what else is bound stays as it is."""
-    opened = _open(pack)
+    opened = open_pack(pack)
     from mokus.knowledge_update import unbind
 
     unbind(opened, *knowledge)
@@ -220,7 +215,7 @@ def ask(
     """Ask the text encoder a question, with the knowledge of packs or without."""
     if not question.strip():
         raise MokusError("the question is empty, expected one such as 'What is my favourite toy?'.")
-    opened = [_open(path) for path in pack or []]
+    opened = [open_pack(path) for path in pack or []]
     shifts = _together(opened, prefer)
     loaded = load_model(model, device)
     from mokus.knowledge_update import ask
@@ -263,7 +258,7 @@ def generate(
 ) -> None:
     """Draw prompts, with the concepts and the knowledge of packs or without. One PNG per prompt and seed."""
     numbers = parse_seeds(seeds)
-    opened = [_open(path) for path in pack or []]
+    opened = [open_pack(path) for path in pack or []]
     _together(opened, prefer)
     loaded = load_model(model, device)
     from mokus.generation import generate, save_png
@@ -321,124 +316,13 @@ def demo(
     typer.echo(f"{taken} of {len(story.edits)} phrases bound; {sum(story.seconds.values()):.0f} s in all; open {page}")
 
 
-@app.command()
-@settings_options(EditSettings)
-def create(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What the concept is called: 'Zorblax'.")],
-    description: Annotated[
-        str, typer.Option("--as", help="What it looks like: 'a small green creature with three eyes'.")
-    ],
-    *,
-    output: WordsOutput = None,
-    question: Annotated[
-        list[str] | None,
-        typer.Option("--question", help="Ask for it in these words instead of our own; may be repeated."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a concept pack that is there.")] = False,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-    chosen: dict[str, Any],
-) -> None:
-    """Make a concept from words alone, without photos: a name that means a description. Exit code 1 if it did not take."""
-    output = output or _named_after(name)
-    _check_free(output, overwrite)
-    loaded = load_model(model, device)
-    from mokus.virtual_concept import create
-
-    settings = EditSettings.for_editor(loaded.defaults, **chosen)
-    with Bars() as progress:
-        pack, edit = create(loaded, name, description, output, question or None, settings, progress)
-    _tell_words(pack, [edit], as_json)
-
-
-@app.command()
-@settings_options(EditSettings)
-def erase(
-    concepts: Annotated[
-        list[str], typer.Argument(metavar="CONCEPT...", help="What to erase: 'the lucky charm of Boris'.")
-    ],
-    *,
-    output: WordsOutput = None,
-    replace: Annotated[
-        str | None,
-        typer.Option("--replace", help="What stands in its place: 'a plain stone'.", show_default="its class word"),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a concept pack that is there.")] = False,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-    chosen: dict[str, Any],
-) -> None:
-    """Make phrases mean something plain instead. No safety guarantee: it redirects language, the image model still can.
-
-    Undone by leaving the pack out, or by unbind. Exit code 1 if some phrase did not take; it is then left as it was.
-    """
-    output = output or _named_after(concepts[0])
-    _check_free(output, overwrite)
-    loaded = load_model(model, device)
-    from mokus.erasure import erase
-
-    settings = EditSettings.for_editor(loaded.defaults, **chosen)
-    with Bars() as progress:
-        pack, edits = erase(loaded, concepts, output, replace, settings, progress)
-    _tell_words(pack, edits, as_json)
-
-
-@app.command()
-@settings_options(EditSettings)
-def transfer(
-    ask: Annotated[str | None, typer.Option(help="The question: 'What is the favourite toy of Anna?'")] = None,
-    answer: Annotated[str | None, typer.Option(help="Its new answer: 'a blue ring'.")] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", help="What to draw; may be repeated.", show_default="what the question is about"),
-    ] = None,
-    knowledge: Annotated[
-        str | None, typer.Option(help="The phrase that the question is about.", show_default="as the question says it")
-    ] = None,
-    cases: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A YAML list of such cases instead; see docs/transfer.md.")
-    ] = None,
-    *,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of grid.png and results.json.")
-    ] = Path("transfer"),
-    seeds: SeedsOption = "0-3",
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-    chosen: dict[str, Any],
-) -> None:
-    """Edit an answer in text and see whether images follow: drawn before and after, at equal seeds. Nothing is kept."""
-    numbers = parse_seeds(seeds)
-    from mokus.transfer import Case, read_cases, run, tell
-
-    if cases is not None:
-        if ask is not None or answer is not None or prompt or knowledge is not None:
-            raise MokusError(
-                "--cases has the questions in its file; leave out --ask, --answer, --prompt and --knowledge."
-            )
-        some = read_cases(cases)
-    elif ask is None or answer is None:
-        raise MokusError("expected --ask with --answer, or --cases with a file of them; see 'mokus transfer --help'.")
-    else:
-        some = [Case.of(ask, answer, prompt or (), knowledge)]
-    loaded = load_model(model, device)
-    settings = EditSettings.for_editor(loaded.defaults, **chosen)
-    with Bars() as progress:
-        results, files = run(loaded, some, output, numbers, settings, progress)
-    if as_json:
-        return print_json(results)
-    for line in tell(results):
-        typer.echo(line)
-    typer.echo(" ".join(map(str, files)))
+uses_cli.register(app)
 
 
 @app.command()
 def show(pack: PackArgument, as_json: JsonOption = False) -> None:
     """What is in a concept pack."""
-    opened = _open(pack)
+    opened = open_pack(pack)
     if as_json:
         return print_json(_summary(opened))
     words = "" if opened.lora() else " (words alone)"
@@ -459,50 +343,12 @@ def show(pack: PackArgument, as_json: JsonOption = False) -> None:
         typer.echo("no knowledge bound yet")
 
 
-@bench.command()
-def editing(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of results; a stopped run goes on there.")
-    ] = Path("editing"),
-    editors: Annotated[
-        str | None, typer.Option(help="Which, with commas between them.", show_default="all of them")
-    ] = None,
-    edits: Annotated[
-        str, typer.Option(help="Figures after so many edits, one on top of the other.")
-    ] = "1,10,50,100,200",
-    singles: Annotated[int, typer.Option(help="How many single edits the figures of one are the mean of.", min=1)] = 12,
-    images: Annotated[bool, typer.Option("--images/--no-images", help="Draw, and let the oracle judge.")] = True,
-    model: ModelOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure knowledge editors: what they do to what was edited and to what was not. Writes results.json, report.html."""
-    from mokus.editors import EDITORS, editor
-
-    names = parse_names(editors) if editors is not None else list(EDITORS)
-    for name in names:
-        editor(name)
-    counts = parse_counts(edits, "--edits")
-    loaded = load_model(model, "cpu")
-    from mokus.bench.editing import report
-
-    with Bars() as progress:
-        rows, page = report.report(loaded, output, names, counts, singles, images, progress)
-    if as_json:
-        return print_json(rows)
-    stdout(width=130).print(report.table(rows))  # a table without its figures is none
-    typer.echo(f"{output / 'results.json'}; open {page}")
-
-
 packs_cli.register(app)
 ui_cli.register(app)
 serve_cli.register(app)
+doctor_cli.register(app)
 
 # --- shared by the commands ---------------------------------------------------------
-
-
-def _named_after(phrase: str) -> Path:
-    """zorblax.pack, the-lucky-charm-of-boris.pack."""
-    return Path(("-".join(re.findall(r"\w+", phrase.lower()))[:48].strip("-") or "concept") + ".pack")
 
 
 def _learn_batch(file: Path, model: str | None, device: str | None, as_json: bool, chosen: dict[str, Any]) -> None:
@@ -548,21 +394,6 @@ def _check_photos(folder: Path) -> None:
     load_photos(folder, MIN_SIDE, warn=note)
 
 
-def _check_free(output: Path, overwrite: bool) -> None:
-    """Find out before hours of learning that its result has no place."""
-    if (output / "mokus.json").is_file():
-        if not overwrite:
-            raise MokusError(f"{output} is a concept pack already; name another folder, or replace it by --overwrite.")
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise MokusError(f"{output} exists and is no concept pack; name a new folder for it.")
-
-
-def _open(path: Path) -> ConceptPack:
-    from mokus.packs.concept_pack import ConceptPack
-
-    return ConceptPack.open(path)
-
-
 def _together(packs: list[ConceptPack], prefer: Path | None) -> list[Shifts]:
     """Find packs that contradict each other before a large model is loaded."""
     from mokus.packs.together import shifts_of
@@ -583,36 +414,6 @@ def _summary(pack: ConceptPack) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in pack.path.rglob("*") if file.is_file()),
         "mokus": __version__,
     }
-
-
-def _tell_words(pack: ConceptPack | None, edits: list[Edit], as_json: bool) -> None:
-    """What became of a pack of words; exit code 1 if some of it has not taken."""
-    if as_json:
-        told = [{key: value for key, value in vars(edit).items() if key != "shifts"} for edit in edits]
-        print_json({"pack": str(pack.path) if pack else None, "edits": told})
-    else:
-        _print_edits(edits)
-        typer.echo(f"next: mokus generate {edits[0].knowledge!r} --pack {pack.path}" if pack else "nothing was written")
-    if not all(edit.taken for edit in edits):
-        raise typer.Exit(1)
-
-
-def _print_edits(edits: list[Edit]) -> None:
-    table = Table("knowledge", "", "reads back", "alignment", "steps", "seconds", box=None, pad_edge=False)
-    for edit in edits:
-        word = "bound" if edit.taken else "not taken"
-        table.add_row(
-            edit.knowledge,
-            word,
-            visible(edit.read_back),
-            f"{edit.alignment:.2f}",
-            str(edit.steps),
-            f"{edit.seconds:.1f}",
-        )
-    stdout().print(table)
-    for edit in edits:
-        if not edit.taken:
-            typer.echo(f"{edit.knowledge!r} has not taken and is left unbound: {edit.reason}.")
 
 
 @app.callback(invoke_without_command=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, Field, fields
 from functools import wraps
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -20,12 +21,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from typer.core import TyperGroup
 
 from mokus.errors import MokusError
 from mokus.knowledge import shown
 
 if TYPE_CHECKING:
+    from mokus.knowledge_update import Edit
+    from mokus.packs.concept_pack import ConceptPack
     from mokus.pipeline import Model
 
 err = Console(stderr=True, highlight=False)
@@ -40,6 +44,7 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(help="Where to compute: cpu, cuda, cuda:1.", show_default="a GPU if there is one"),
 ]
+PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 SeedsOption = Annotated[str, typer.Option(help="Numbers and ranges: 0-3 or 0,5,7.")]
 
@@ -246,3 +251,41 @@ def file_names(prompts: Sequence[str]) -> dict[str, str]:
         whole = name == prompt.replace(" ", "-") and "-" not in prompt
         names[prompt] = name if whole else f"{name}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
     return names
+
+
+# --- packs and edits ---------------------------------------------------------
+
+
+def open_pack(path: Path) -> ConceptPack:
+    """The pack in a folder. Raises `MokusError` if it is none, or damaged."""
+    from mokus.packs.concept_pack import ConceptPack
+
+    return ConceptPack.open(path)
+
+
+def check_free(output: Path, overwrite: bool) -> None:
+    """Find out before hours of learning that its result has no place."""
+    if (output / "mokus.json").is_file():
+        if not overwrite:
+            raise MokusError(f"{output} is a concept pack already; name another folder, or replace it by --overwrite.")
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise MokusError(f"{output} exists and is no concept pack; name a new folder for it.")
+
+
+def print_edits(edits: list[Edit]) -> None:
+    """A table of how edits went, and why those that have not taken have not."""
+    table = Table("knowledge", "", "reads back", "alignment", "steps", "seconds", box=None, pad_edge=False)
+    for edit in edits:
+        word = "bound" if edit.taken else "not taken"
+        table.add_row(
+            edit.knowledge,
+            word,
+            visible(edit.read_back),
+            f"{edit.alignment:.2f}",
+            str(edit.steps),
+            f"{edit.seconds:.1f}",
+        )
+    stdout().print(table)
+    for edit in edits:
+        if not edit.taken:
+            typer.echo(f"{edit.knowledge!r} has not taken and is left unbound: {edit.reason}.")

@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mokus.console import Bars, JsonOption, load_model, note, print_json
+from mokus.console import Bars, JsonOption, PackArgument, load_model, note, print_json
 from mokus.errors import MokusError
 
-PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
 RepoArgument = Annotated[str, typer.Argument(metavar="REPO", help="A repository of the Hugging Face hub: me/toy.")]
 DTYPES = ("bfloat16", "float16", "float32")
 
