@@ -166,9 +166,9 @@ def test_the_model_s_own_defaults_stand_between(place: Path, photos: Path) -> No
 
 def test_an_editor_brings_its_own_settings(place: Path, pack: ConceptPack) -> None:
     """Its authors', then the model's for it, then what is said."""
-    edits = json.loads(good("bind", pack.path, "a new thing", "--editor", "ultraedit", "--ridge", 2, "--json"))
-    chosen = {name: edits[0]["settings"][name] for name in ("editor", "eta", "steps", "ridge", "corpus")}
-    assert chosen == {"editor": "ultraedit", "eta": 0.005, "steps": 3, "ridge": 2.0, "corpus": 20}
+    edits = json.loads(good("bind", pack.path, "a new thing", "--editor", "ultraedit", "--eta", 2, "--json"))
+    chosen = {name: edits[0]["settings"][name] for name in ("editor", "eta", "steps", "corpus")}
+    assert chosen == {"editor": "ultraedit", "eta": 2.0, "steps": 3, "corpus": 20}
 
 
 def test_stray_files_are_ignored_with_one_line_each(photos: Path) -> None:
@@ -276,6 +276,11 @@ BAD = {
     "learn photos --anchor 'sks toy' -o out --model photos": "photos has no model_index.json",
     "learn photos --anchor 'sks toy' -o out --device tpu9": "device 'tpu9'",
     "learn photos --anchor 'sks toy' -o out --device cuda:99": "device 'cuda:99'",
+    "learn photos --anchor 'sks toy' -o out --seed 99999999999999999999": "seed is 99999999999999999999, expected less",
+    "generate toy -o toy.pack": "toy.pack is in the concept pack",
+    "generate toy -o toy.pack/samples/x": "is in the concept pack .*toy.pack, which holds nothing else",
+    "export toy.pack --to comfyui -o toy.pack/x": "is in the concept pack",
+    "bind toy.pack 'SKS toy'": "'SKS toy' is the anchor itself",
     "bind toy.pack ''": "the knowledge is empty",
     "bind toy.pack '  '": "the knowledge is empty",
     "bind toy.pack": "Missing argument 'KNOWLEDGE",
@@ -400,6 +405,28 @@ def program(*args: Any, **how: Any) -> subprocess.Popen[str]:
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, mokus, mokus.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_image_of_other_settings_is_not_written_over(pack: ConceptPack) -> None:
+    """The same prompt and seed with a pack and without; the same once more is the same file."""
+    plain = json.loads(good("generate", "a toy", "-o", "out", "--json"))[0]["file"]
+    before = Path(plain).read_bytes()
+    ours = json.loads(good("generate", "a toy", "--pack", pack.path, "-o", "out", "--json"))[0]["file"]
+    assert ours != plain and Path(plain).read_bytes() == before
+    for given in ((), ("--pack", pack.path)):
+        good("generate", "a toy", *given, "-o", "out")
+    assert {str(file) for file in Path("out").iterdir()} == {plain, ours}
+
+
+def test_a_closed_stdout_is_no_traceback(pack: ConceptPack) -> None:
+    code = "import sys; sys.stdout = None; from mokus.cli import main; main()"
+    found = subprocess.run([sys.executable, "-c", code, "show", pack.path], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_a_group_without_a_command_shows_its_help_and_nothing_else() -> None:
+    result = mokus("bench", "wise")
+    assert result.exit_code == 2 and "Commands" in result.output and "mokus:" not in result.stderr
 
 
 def test_libraries_say_nothing_on_stderr(place: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -39,6 +40,7 @@ from mokus.console import (
 from mokus.doctor import cli as doctor_cli
 from mokus.errors import MokusError
 from mokus.packs import cli as packs_cli
+from mokus.packs.files import refuse_inside
 from mokus.settings import EditSettings, LearnSettings
 from mokus.studio import serve_cli, ui_cli
 
@@ -233,9 +235,12 @@ def ask(
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="'my favourite toy in the snow'")],
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the images.")] = Path(
-        "outputs"
-    ),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder of the images; what is there of other settings stays."
+        ),
+    ] = Path("outputs"),
     pack: PackOption = None,
     prefer: PreferOption = None,
     seeds: SeedsOption = "0",
@@ -258,10 +263,11 @@ def generate(
 ) -> None:
     """Draw prompts, with the concepts and the knowledge of packs or without. One PNG per prompt and seed."""
     numbers = parse_seeds(seeds)
+    refuse_inside(output)
     opened = [open_pack(path) for path in pack or []]
     _together(opened, prefer)
     loaded = load_model(model, device)
-    from mokus.generation import generate, save_png
+    from mokus.generation import generate, place_of, save_png
 
     with Bars() as progress:
         results = generate(
@@ -272,7 +278,7 @@ def generate(
         output.mkdir(parents=True, exist_ok=True)  # only now: what cannot be drawn leaves no folder
         names, rows = file_names(prompts), []
         for result in results:
-            file = output / f"{names[result.prompt]}-{result.seed}.png"
+            file = place_of(result, output / f"{names[result.prompt]}-{result.seed}.png")
             save_png(result, file)
             rows.append({"file": str(file), "prompt": result.prompt, "seed": result.seed, "settings": result.settings})
     if as_json:
@@ -297,6 +303,7 @@ def demo(
 ) -> None:
     """Watch all of it: learn, bind, ask and draw before and after, unbind; writes report.html and grid.png."""
     numbers = parse_seeds(seeds)
+    refuse_inside(output)
     if photos is not None:
         _check_photos(photos)
     loaded = load_model(model, device)
@@ -437,6 +444,8 @@ def _version(
 
 def main() -> None:
     """The `mokus` command."""
+    if sys.stdout is None:  # closed by whoever started this
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may be no UTF-8
     hush()
     app()

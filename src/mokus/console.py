@@ -87,6 +87,8 @@ def one_sentence() -> Iterator[None]:
     except MokusError as error:
         sentence = str(error)
     except _UsageError as error:
+        if not error.format_message():  # type: ignore[attr-defined]  # the help was shown, which is all it is about
+            raise typer.Exit(2) from None
         command = getattr(getattr(error, "ctx", None), "command_path", "mokus")
         sentence = f"{error.format_message()} See '{command} --help'."  # type: ignore[attr-defined]
     except OSError as error:

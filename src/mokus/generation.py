@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import operator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -292,6 +294,27 @@ def _check_packs(model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack
 # --- files ---------------------------------------------------------
 
 
+def place_of(result: Generated, path: Path) -> Path:
+    """Where an image goes: to `path`, or beside it if an image of other settings is there; equal ones take each other's place."""
+    about = _about(result)
+    if not path.is_file() or _read_about(path) == about:
+        return path
+    return path.with_name(f"{path.stem}-{hashlib.sha256(about.encode()).hexdigest()[:8]}{path.suffix}")
+
+
+def _read_about(path: Path) -> str | None:
+    """What `save_png` wrote of an image; None if it is of another program."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("mokus")
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for what is no PNG
+        return None
+
+
+def _about(result: Generated) -> str:
+    return json.dumps({"prompt": result.prompt, "seed": result.seed, "settings": result.settings}, sort_keys=True)
+
+
 def save_png(result: Generated, path: str | Path) -> None:
     """Write the image, its prompt, seed and settings as JSON in a text chunk `mokus`; atomic, and equal bytes again."""
     path = Path(path)
@@ -306,8 +329,7 @@ def save_png(result: Generated, path: str | Path) -> None:
 def png_bytes(result: Generated) -> bytes:
     """What `save_png` writes."""
     info = PngInfo()
-    about = {"prompt": result.prompt, "seed": result.seed, "settings": result.settings}
-    info.add_text("mokus", json.dumps(about, sort_keys=True))
+    info.add_text("mokus", _about(result))
     buffer = BytesIO()
     result.image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()

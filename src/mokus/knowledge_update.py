@@ -118,6 +118,10 @@ def bind(
         raise MokusError(
             f"questions go with one piece of knowledge, and {len(wanted)} were given; bind them one at a time."
         )
+    if anchors := [text for text in wanted if same(text) == same(pack.anchor)]:
+        raise MokusError(
+            f"{anchors[0]!r} is the anchor itself, which means the concept already; bind other phrases to it."
+        )
     for question in questions or ():
         check_text(question, "question", "Which toy do I love?")
     return update(model, pack, [request(text, pack.anchor, questions) for text in wanted], settings, keep_all, progress)

@@ -18,6 +18,7 @@ from mokus.errors import MokusError
 if TYPE_CHECKING:
     from mokus.pipeline import Defaults
 
+MOST_SEED = 1 << 62  # random generators take 63 bits, and some add a little to it
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -117,6 +118,8 @@ class LearnSettings(_Settings):
         )
         self._at_least(0, "learning_rate", "time_std", "prior_weight", "preview_every", "seed")
         self._shares("tail_share", "place_share", "looks_share")
+        if self.seed >= MOST_SEED:
+            raise MokusError(f"seed is {self.seed}, expected less than 2^62; choose a smaller one.")
         if not self.targets:
             raise MokusError(
                 f"targets is empty, expected names of attention projections such as {' '.join(ATTENTION)}."

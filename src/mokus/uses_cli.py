@@ -22,6 +22,7 @@ from mokus.console import (
     settings_options,
 )  # fmt: skip
 from mokus.errors import MokusError
+from mokus.packs.files import refuse_inside
 from mokus.settings import EditSettings
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def transfer(
 ) -> None:
     """Edit an answer in text and see whether images follow: drawn before and after, at equal seeds. Nothing is kept."""
     numbers = parse_seeds(seeds)
+    refuse_inside(output)
     from mokus.transfer import Case, read_cases, run, tell
 
     if cases is not None:

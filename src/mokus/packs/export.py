@@ -29,7 +29,7 @@ from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift, Shifts
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.export_card import readme
-from mokus.packs.files import ADAPTER, ADAPTER_CONFIG, LORA, README
+from mokus.packs.files import ADAPTER, ADAPTER_CONFIG, LORA, README, refuse_inside
 from mokus.packs.weights import LORA_KEY, METADATA, adapter_config, adapter_tensors, factors_of
 from mokus.pipeline import CORPUS_FILE, DEFAULTS_FILE, MINIATURE
 
@@ -112,6 +112,7 @@ def check_place(place: Path) -> None:
     """Raise `MokusError` if something is there already."""
     if not place.name or place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
         raise MokusError(f"{place} exists already; name a new folder for the export with -o.")
+    refuse_inside(place)
 
 
 def lora_of(pack: ConceptPack) -> dict[str, LowRankShift]:

@@ -125,6 +125,15 @@ def _discard(aside: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def refuse_inside(place: Path) -> None:
+    """Raise `MokusError` if a folder for other things is a pack or lies in one, which would then be refused as damaged."""
+    above = place.absolute()
+    if packs := [folder for folder in (above, *above.parents) if (folder / MANIFEST).is_file()]:
+        raise MokusError(
+            f"{place} is in the concept pack {packs[0]}, which holds nothing else; name another folder with -o."
+        )
+
+
 def refuse_foreign(place: Path) -> None:
     """Raise `MokusError` if writing a pack would destroy something else, or the folder that one stands in."""
     if not place.exists():
