@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
-from mokus import pipeline
+from mokus import memory, pipeline
 from mokus.backbone import BACKBONES, QWEN_IMAGE, backbone_of
 from mokus.cli import app
 from mokus.editors import editor
@@ -436,6 +436,23 @@ def test_the_card_of_z_image_draws(
     exec(code.replace("= pipe(\n", "= pipe(generator=random, prompt=\n"), names)
     (result,) = generate(model, KNOWN, [pack], seeds=[3])
     assert names["image"].tobytes() == result.image.tobytes()
+
+
+@pytest.mark.parametrize("tier", ["selective", "8bit", "4bit"])
+def test_memory_tiers(model: Model, tier: str, packs: Callable[[str], ConceptPack], tmp_path: Path) -> None:
+    """What the blocks are called is no tier's business: the same pack where weights are plain, one for all where they are not."""
+    placed = pipeline.load(model.id, device="cpu", tier=tier)
+    assert placed.tier.name == tier and placed.fingerprint == model.fingerprint
+    linear = [
+        m for block in memory.blocks(placed.pipe.transformer) for m in block.modules() if isinstance(m, nn.Linear)
+    ]
+    assert linear and {memory.plain(each) for each in linear} == {placed.tier.bits == 16}
+    pack = learn(placed, photos(model), ANCHOR, tmp_path / "toy.pack", settings=QUICK)
+    if placed.tier.bits == 16:
+        assert tree(pack.path) == tree(packs(model.backbone.pipeline).path)
+    for each in (placed, model):
+        (result,) = generate(each, ANCHOR, [pack], steps=2)
+        assert result.image.size == (model.defaults.size,) * 2
 
 
 @pytest.mark.parametrize("family", NEW)
