@@ -27,6 +27,7 @@ from mokus import low_rank
 from mokus.backbone import QWEN_IMAGE
 from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift, Shifts
+from mokus.memory import CPU
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.export_card import readme
 from mokus.packs.files import ADAPTER, ADAPTER_CONFIG, LORA, README
@@ -66,7 +67,8 @@ def export(
 
     "merged" needs the `model` that the pack is for, and writes it whole, in the dtype it is loaded in, with the changes
     added to its weights; the model itself is the same bits afterwards. Raises `MokusError` for an unknown target, a folder
-    that is taken, a pack of which the target can carry nothing, and a model that the pack is not for.
+    that is taken, a pack of which the target can carry nothing, a model that the pack is not for, and one whose weights are
+    in few bits or come and go.
     """
     check_target(to)
     place = output_of(pack, to, output)
@@ -212,6 +214,11 @@ def _merged(
     if model is None:
         raise MokusError("a merged export needs the model that the pack is for; give it.")
     pack.check_base(model)
+    if model.tier.bits < 16 or model.tier.streamed:
+        raise MokusError(
+            f"a merged export writes plain weights, and the model is loaded in the memory tier {model.tier.name!r}; load it "
+            f"with tier={CPU.name!r}."
+        )
     watch, pipe = progress or (lambda what, done, total, info: None), model.pipe
     with _folder(place) as beside:
         watch("merging", 0, 2, {})
