@@ -187,6 +187,10 @@ def of_prompts(processor: str, tokenizer: Any) -> Any:
             )
             transformers.ProcessorMixin.__init__(self, tokenizer, chat_template=tokenizer.chat_template)
 
+    OfPrompts.__name__, OfPrompts.__module__ = (
+        whole.__name__,
+        whole.__module__,
+    )  # as which it is saved, and loaded by anyone
     return OfPrompts(tokenizer)
 
 

@@ -220,11 +220,15 @@ def _merged(
             f"with tier={CPU.name!r}."
         )
     watch, pipe = progress or (lambda what, done, total, info: None), model.pipe
+    processor = _processor(model) if model.backbone.processor else None
     with _folder(place) as beside:
         watch("merging", 0, 2, {})
         with low_rank.merged(pipe.transformer, looks) as lost, low_rank.merged(pipe.text_encoder, knowledge) as faded:
             watch("merging", 1, 2, {})
             pipe.save_pretrained(beside)
+        if processor:
+            shutil.rmtree(beside / "processor")
+            shutil.copytree(processor, beside / "processor")
         rounding = {"looks": lost, "knowledge": faded}
         (beside / DEFAULTS_FILE).write_text(json.dumps(asdict(model.defaults), indent=2) + "\n", encoding="utf-8")
         if model.corpus:
@@ -233,6 +237,18 @@ def _merged(
         (beside / README).write_text(readme("merged", pack, place.name, [], notes), encoding="utf-8")
     watch("merging", 2, 2, {})
     return Exported("merged", place, _names(place), notes, rounding)
+
+
+def _processor(model: Model) -> Path:
+    """The folder of the model's own processor, whole: `load` takes its tokenizer alone, and other programs want the rest."""
+    if os.path.isdir(model.id):
+        return Path(model.id, "processor")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.id, allow_patterns="processor/*"), "processor")
+    except (OSError, ValueError) as error:  # what the hub's library raises, the latter for what can be no name there
+        raise MokusError(f"the processor of {model.id} was not downloaded ({error}); check the connection.") from error
 
 
 def _rounded(rounding: Mapping[str, float], dtype: str) -> list[str]:
