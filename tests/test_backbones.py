@@ -449,7 +449,7 @@ def bound(model: Model, packs: Callable[[str], ConceptPack]) -> ConceptPack:
     return pack
 
 
-@pytest.mark.parametrize("to", ["merged"])
+@pytest.mark.parametrize("to", ["diffusers", "merged"])
 def test_the_readme_of_an_export_draws(
     model: Model, to: str, bound: ConceptPack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
