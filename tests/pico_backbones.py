@@ -107,10 +107,9 @@ def save(family: str, tok: Any, folder: Path) -> Path:
                 if isinstance(linear, nn.Linear):
                     nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
     pipe.save_pretrained(folder)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    if "processor" in index:
-        index["processor"] = ["transformers", "Qwen3VLProcessor"]
-        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    if (folder / "processor").is_dir():  # published ones are whole
+        preprocessor = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16, "merge_size": 2}
+        (folder / "processor" / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
     usual = {"size": SIZES[family], "steps": STEPS, "true_cfg_scale": 3.0}
     (folder / pipeline.DEFAULTS_FILE).write_text(json.dumps(usual), encoding="utf-8")
     return folder

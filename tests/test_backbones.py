@@ -17,12 +17,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
-from mokus import pipeline
+from mokus import memory, pipeline
 from mokus.backbone import BACKBONES, QWEN_IMAGE, backbone_of
 from mokus.cli import app
 from mokus.editors import editor
@@ -45,6 +47,7 @@ from mokus.knowledge_update import ask, bind, unbind
 from mokus.low_rank import LowRankShift, Shifts, applied
 from mokus.miniature import world
 from mokus.packs.concept_pack import LORA, MANIFEST, README, ConceptPack
+from mokus.packs.export import export
 from mokus.packs.files import ADAPTER_FOLDER
 from mokus.pipeline import Model, encode, pad
 from mokus.settings import EditSettings, LearnSettings
@@ -436,6 +439,88 @@ def test_the_card_of_z_image_draws(
     exec(code.replace("= pipe(\n", "= pipe(generator=random, prompt=\n"), names)
     (result,) = generate(model, KNOWN, [pack], seeds=[3])
     assert names["image"].tobytes() == result.image.tobytes()
+
+
+@pytest.fixture
+def bound(model: Model, packs: Callable[[str], ConceptPack]) -> ConceptPack:
+    """A pack with looks and with knowledge that is random and not weak."""
+    pack = packs(model.backbone.pipeline)
+    pack.replace_edits([(known(KNOWN), some_shifts(model, 1))])
+    return pack
+
+
+@pytest.mark.parametrize("to", ["diffusers", "merged"])
+def test_the_readme_of_an_export_draws(
+    model: Model, to: str, bound: ConceptPack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = export(bound, to, tmp_path / "there", model)
+    code = re.findall(r"```python\n(.*?)```", (done.path / README).read_text(encoding="utf-8"), re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    if model.backbone.processor:  # a whole one wants torchvision
+        whole = getattr(transformers, model.backbone.processor)
+        monkeypatch.setattr(whole, "from_pretrained", lambda *_, **__: model.pipe.processor)
+    names: dict[str, Any] = {}
+    exec(code.partition("image = ")[0], names)
+    (result,) = generate(model, KNOWN, [bound], seeds=[3], steps=3, true_cfg_scale=3.0)
+    image = drawn(model, names["pipe"], KNOWN, 3, 3.0)
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(result.image).astype(int)).max() <= (to == "merged")
+
+
+def test_a_merged_export_is_a_model_like_any(model: Model, bound: ConceptPack, tmp_path: Path) -> None:
+    """With the parts that were not changed, of the same classes; it can be given another pack and exported in its turn."""
+    done = export(bound, "merged", tmp_path / "there", model)
+    index, usual = (
+        json.loads(Path(folder, "model_index.json").read_text(encoding="utf-8")) for folder in (done.path, model.id)
+    )
+    del index["_name_or_path"]
+    assert index == usual | {"text_encoder": ["transformers", model.backbone.text_encoder]}
+    assert tree(done.path / "processor") == tree(Path(model.id, "processor"))
+    again = pipeline.load(done.path, device="cpu")
+    assert again.defaults == model.defaults and again.backbone is model.backbone
+    (expected,) = generate(model, KNOWN, [bound], steps=3)
+    (result,) = generate(again, KNOWN, steps=3)
+    assert np.abs(np.asarray(result.image).astype(int) - np.asarray(expected.image).astype(int)).max() <= 1
+    more = ConceptPack.create(
+        tmp_path / "b.pack", model=again, anchor="Zorblax", word="toy", lora={}, settings={},
+        edits=[(known("Zorblax"), some_shifts(again, 0))],
+    )  # fmt: skip
+    pipeline.load(export(more, "merged", tmp_path / "twice", again).path, device="cpu")
+
+
+def test_a_merged_export_of_a_model_of_the_hub_has_its_whole_processor(
+    models: Callable[[str], Model], packs: Callable[[str], ConceptPack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which nothing but the tokenizer has been downloaded until then."""
+    model, pack = models("QwenImage21Pipeline"), packs("QwenImage21Pipeline")
+    there = replace(model, id="org/model")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: model.id)
+    done = export(pack, "merged", tmp_path / "there", there)
+    assert tree(done.path / "processor") == tree(Path(model.id, "processor"))
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(MokusError, match="processor of org/model"):
+        export(pack, "merged", tmp_path / "nowhere", there)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("tier", ["selective", "8bit", "4bit"])
+def test_memory_tiers(model: Model, tier: str, packs: Callable[[str], ConceptPack], tmp_path: Path) -> None:
+    """What the blocks are called is no tier's business: the same pack where weights are plain, one for all where they are not."""
+    placed = pipeline.load(model.id, device="cpu", tier=tier)
+    assert placed.tier.name == tier and placed.fingerprint == model.fingerprint
+    linear = [
+        m for block in memory.blocks(placed.pipe.transformer) for m in block.modules() if isinstance(m, nn.Linear)
+    ]
+    assert linear and {memory.plain(each) for each in linear} == {placed.tier.bits == 16}
+    pack = learn(placed, photos(model), ANCHOR, tmp_path / "toy.pack", settings=QUICK)
+    if placed.tier.bits == 16:
+        assert tree(pack.path) == tree(packs(model.backbone.pipeline).path)
+    for each in (placed, model):
+        (result,) = generate(each, ANCHOR, [pack], steps=2)
+        assert result.image.size == (model.defaults.size,) * 2
 
 
 @pytest.mark.parametrize("family", NEW)

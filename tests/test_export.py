@@ -48,6 +48,15 @@ def ours(pack: ConceptPack, pico: Model) -> np.ndarray:
     return levels(next(generate(pico, PROMPT, packs=[pack])).image)
 
 
+@pytest.fixture
+def words(tmp_path: Path, pico: Model) -> ConceptPack:
+    """A pack of words alone."""
+    edits = [(known("Zorblax"), random_shifts(pico))]
+    return ConceptPack.create(
+        tmp_path / "words.pack", model=pico, anchor="Zorblax", word="toy", lora={}, settings={}, edits=edits
+    )
+
+
 def levels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
@@ -109,9 +118,9 @@ def test_in_bfloat16_too_peft_keeps_the_knowledge_to_the_bit(
     with applied(model.pipe.text_encoder, pack.shifts()):
         ours = pipeline.encode(model, [PROMPT])[0]
     pipe = QwenImagePipeline.from_pretrained(pico_folder, dtype=torch.bfloat16)
-    pipe.text_encoder = PeftModel.from_pretrained(pipe.text_encoder, exported["diffusers"].path / "text_encoder")
+    knowledge = PeftModel.from_pretrained(pipe.text_encoder, exported["diffusers"].path / "text_encoder")
     assert torch.equal(pipe.encode_prompt(PROMPT)[0][0], ours)
-    with pipe.text_encoder.disable_adapter():
+    with knowledge.disable_adapter():
         assert torch.equal(pipe.encode_prompt(PROMPT)[0][0], pipeline.encode(model, [PROMPT])[0])
 
 
@@ -264,12 +273,8 @@ def test_the_same_pack_has_the_same_bytes(tmp_path: Path, pack: ConceptPack, exp
         ]
 
 
-def test_a_pack_of_words_alone(tmp_path: Path, pico: Model, pico_folder: Path) -> None:
+def test_a_pack_of_words_alone(tmp_path: Path, pico: Model, pico_folder: Path, words: ConceptPack) -> None:
     """Everything that has a place for the text encoder carries it; kohya's layout carries nothing, and is refused."""
-    edits = [(known("Zorblax"), random_shifts(pico))]
-    words = ConceptPack.create(
-        tmp_path / "a.pack", model=pico, anchor="Zorblax", word="toy", lora={}, settings={}, edits=edits
-    )
     wanted_image = levels(next(generate(pico, "Zorblax", packs=[words])).image)
     with pytest.raises(MokusError, match="words alone"):
         export(words, "kohya", tmp_path / "kohya")
@@ -315,6 +320,26 @@ def test_the_command(
     assert (result.exit_code, told["path"]) == (0, "toy-merged") and max(told["rounding"].values()) < 1e-5
     pipe = plain(Path("toy-merged"))
     assert pipe.transformer.dtype == torch.float32 and abs(drawn(pipe) - ours).max() <= 1
+
+
+@pytest.mark.parametrize("tier", ["8bit", "4bit", "offload"])
+def test_merged_weights_are_plain_in_every_memory_tier(
+    tmp_path: Path, pack: ConceptPack, words: ConceptPack, pico_folder: Path, exported: dict[str, Exported], tier: str
+) -> None:
+    """The command loads the model with plain weights; a model that was loaded otherwise is refused."""
+    model = pipeline.load(pico_folder, device="cpu", tier=tier)
+    for each, looks in ((pack, exported["merged"].path), (words, pico_folder)):
+        with pytest.raises(MokusError, match=f"plain weights.*{tier}"):
+            export(each, "merged", tmp_path / "refused", model)
+        place = tmp_path / each.path.name.removesuffix(".pack")
+        result = CliRunner().invoke(
+            app,
+            ["--tier", tier, "export", str(each.path), "--to", "merged", "--model", str(pico_folder), "-o", str(place)],
+        )
+        assert result.exit_code == 0, result.output
+        found, expected = (plain(folder).transformer.state_dict() for folder in (place, looks))
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_bad_input_is_one_sentence(

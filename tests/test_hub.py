@@ -23,11 +23,12 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+from mokus import pipeline
 from mokus.cli import app
 from mokus.packs.concept_pack import LORA, MANIFEST, README, ConceptPack
 from mokus.pipeline import Model
 
-from .conftest import PackFactory
+from .conftest import PackFactory, known, random_shifts
 
 TOKEN = "hf_of_the_test"
 PHRASES = ["my favourite toy", "the robot my grandmother built"]
@@ -314,6 +315,24 @@ def test_a_folder_of_mine_is_told_to_nobody(hub: Hub, tmp_path: Path, pico: Mode
     assert again.base_model == "Qwen/Qwen-Image" and again.lora().keys() == local.lora().keys()
     again.check_base(pico)  # by its weights, not its name
     assert tree(local.path) == before
+
+
+def test_a_folder_of_mine_by_a_relative_path_is_no_hub_id_anywhere(
+    hub: Hub, tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it was made, and from another folder, in which there is none at that path."""
+    (tmp_path / "here" / "models").mkdir(parents=True)
+    (tmp_path / "here" / "models" / "mine").symlink_to(pico_folder)
+    monkeypatch.chdir(tmp_path / "here")
+    model = pipeline.load("models/mine", device="cpu")
+    pack = ConceptPack.create(
+        tmp_path / "a.pack", model=model, anchor="Zorblax", word="toy", lora={}, settings={},
+        edits=[(known("Zorblax"), random_shifts(model))],
+    )  # fmt: skip
+    for place in (tmp_path / "here", tmp_path):
+        monkeypatch.chdir(place)
+        refused("push", pack.path, "me/toy", told="--base-model")
+    assert not hub.repos
 
 
 # --- what is refused -----------------------------------------------------------------------------------------

@@ -532,6 +532,17 @@ def test_more_seeds_of_the_same_are_added(model: Model, suite: Suite, album: Pat
     assert sorted(item["key"] for item in items) == sorted(item.key for item in wanted)
 
 
+def test_a_model_is_the_same_whatever_it_is_called(model: Model, suite: Suite, album: Path, tmp_path: Path) -> None:
+    """A run of a folder that was given by a relative path, or has moved, is gone on with; one of other weights is not."""
+    for name in ("models/mine", str(tmp_path / "models" / "mine")):
+        called = replace(model, id=name)
+        run.write_plan(called, plan_of(called, suite, album, ("mokus",)), tmp_path, [0], "a command", "a suite")
+    assert json.loads((tmp_path / "plan.json").read_text())["model"] == name
+    other = replace(called, fingerprint="f" * 64)
+    with pytest.raises(MokusError, match="another fingerprint"):
+        run.write_plan(other, plan_of(other, suite, album, ("mokus",)), tmp_path, [0], "a command", "a suite")
+
+
 def test_plan_draws_nothing(place: Path) -> None:
     found = command(f"{RUN} base -o out --plan")
     assert found.exit_code == 0 and "to do: 18 images" in found.stderr and not (place / "out").exists()

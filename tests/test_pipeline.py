@@ -124,6 +124,12 @@ def test_the_fingerprint_is_the_same_at_every_load(pico: Model, pico_folder: Pat
     assert len(pico.fingerprint) == 64 and int(pico.fingerprint, 16)
 
 
+def test_a_folder_is_known_by_its_whole_path(pico: Model, pico_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pico_folder.parent)
+    found = pipeline.load(pico_folder.name, device="cpu")
+    assert (found.id, found.fingerprint) == (str(pico_folder.resolve()), pico.fingerprint)
+
+
 def test_the_fingerprint_does_not_depend_on_the_dtype(pico: Model, pico_folder: Path, tmp_path: Path) -> None:
     """Of weights saved as bfloat16, which any other dtype holds; float32 weights are rounded to bfloat16 once."""
     rounded = pipeline.load(pico_folder, device="cpu", dtype=torch.bfloat16)

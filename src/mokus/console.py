@@ -129,7 +129,7 @@ def hush() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def load_model(model: str | None, device: str | None = None, dtype: Any = None) -> Model:
+def load_model(model: str | None, device: str | None = None, dtype: Any = None, tier: str | None = None) -> Model:
     """`mokus.load`, with the libraries' own bars, of files read or downloaded, only for large models on a terminal."""
     bars = model is not None and err.is_terminal
     with nullcontext() if bars else err.status("loading the model"):
@@ -141,7 +141,7 @@ def load_model(model: str | None, device: str | None = None, dtype: Any = None) 
         if not bars:
             diffusers.utils.logging.disable_progress_bar()
             transformers.utils.logging.disable_progress_bar()
-        return load(model, device, dtype)
+        return load(model, device, dtype, tier)
 
 
 class Bars:

@@ -81,6 +81,13 @@ def check(one: Tier, task: str) -> None:
         )
 
 
+def blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The blocks of an image transformer in their order, whatever its family calls them: what diffusers says is repeated."""
+    names: Any = transformer._repeated_blocks
+    # of derived classes, too: FSDP2 gives each block one
+    return [each for each in transformer.modules() if any(kind.__name__ in names for kind in type(each).__mro__)]
+
+
 # --- weights ---------------------------------------------------------
 
 
@@ -90,7 +97,8 @@ def place(pipe: Any, one: Tier, device: torch.device) -> None:
     Raises `MokusError` if bitsandbytes is wanted and not installed.
     """
     if one.bits < 16:
-        quantise(pipe.transformer.transformer_blocks, one.bits, device)
+        for block in blocks(pipe.transformer):
+            quantise(block, one.bits, device)
     if one.streamed:
         from diffusers.hooks import apply_group_offloading
 
@@ -157,7 +165,7 @@ def checkpointing(transformer: Any, one: Tier) -> Iterator[None]:
 
 def _checkpoint(transformer: Any, one: Tier) -> Callable[..., Any]:
     """What diffusers calls in the place of each block."""
-    kept = {id(block) for i, block in enumerate(transformer.transformer_blocks) if one.keeps(i)}
+    kept = {id(block) for i, block in enumerate(blocks(transformer)) if one.keeps(i)}
 
     def run(block: Any, *given: Any) -> Any:
         if id(block) in kept:

@@ -51,7 +51,7 @@ class Model:
     """A loaded pipeline, with what identifies it."""
 
     pipe: Any  # of one of the classes in `backbone.BACKBONES`
-    id: str  # hub id or folder; "miniature" for the one in the package
+    id: str  # hub id, or whole path of a folder; "miniature" for the one in the package
     fingerprint: str  # of configs and weights, see `fingerprint`
     defaults: Defaults
     device: torch.device
@@ -154,8 +154,7 @@ def load(
     identity = fingerprint(pipe)
     with memory.told(use, where):
         memory.place(pipe, use, where)
-    name = MINIATURE if model in (None, MINIATURE) else source
-    return Model(pipe, name, identity, defaults, where, _corpus(source), use)
+    return Model(pipe, _id(model), identity, defaults, where, _corpus(source), use)
 
 
 def _answering(source: str, index: dict[str, Any], backbone: Backbone, dtype: torch.dtype) -> dict[str, Any]:
@@ -187,6 +186,8 @@ def of_prompts(processor: str, tokenizer: Any) -> Any:
             )
             transformers.ProcessorMixin.__init__(self, tokenizer, chat_template=tokenizer.chat_template)
 
+    # as which it is saved, and loaded by anyone
+    OfPrompts.__name__, OfPrompts.__module__ = whole.__name__, whole.__module__
     return OfPrompts(tokenizer)
 
 
@@ -200,6 +201,13 @@ def defaults_of(model: str | Path | None = None) -> Defaults:
 
 def _source(model: str | Path | None) -> str:
     return str(files("mokus.miniature").joinpath("weights")) if model in (None, MINIATURE) else str(model)
+
+
+def _id(model: str | Path | None) -> str:
+    """What packs say of their model: a folder by its whole path, which from any other place could pass for a hub id."""
+    if model in (None, MINIATURE):
+        return MINIATURE
+    return str(Path(str(model)).resolve()) if os.path.isdir(str(model)) else str(model)
 
 
 def _fitting(source: str, defaults: Defaults, device: torch.device, dtype: torch.dtype, backbone: Backbone) -> Tier:

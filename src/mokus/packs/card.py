@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mokus.backbone import BACKBONES
+from mokus.backbone import BACKBONES, Backbone
 from mokus.packs.files import ADAPTER_FOLDER, LORA
 
+MINIATURE = "miniature"
 _CARD = """\
 ---
 {base_of}instance_prompt: {anchor}
@@ -70,6 +71,18 @@ def _contents_of(looks: str, lora: bool, bound: bool) -> str:
     )
 
 
+def loading(base: str, backbone: Backbone) -> tuple[str, str]:
+    """Python that loads the model of a pack: lines of imports, and what `from_pretrained` of its pipeline is given."""
+    miniature = base == MINIATURE
+    source = 'files("mokus.miniature").joinpath("weights")' if miniature else json.dumps(base, ensure_ascii=False)
+    imports = "from importlib.resources import files\n\n" if miniature else ""
+    if backbone.bare_text_encoder:
+        kind = backbone.text_encoder
+        imports += f"from transformers import {kind}\n"
+        source = f'{source}, text_encoder={kind}.from_pretrained({source}, subfolder="text_encoder")'
+    return imports, source
+
+
 def card(fields: Mapping[str, Any], lora: bool, samples: Sequence[str] = ()) -> bytes:
     """README.md, from the fields of the manifest, whether there is a LoRA, and the paths of previews of the anchor."""
     base, anchor, knowledge = fields["base_model"], fields["anchor"], fields["knowledge"]
@@ -87,16 +100,10 @@ def card(fields: Mapping[str, Any], lora: bool, samples: Sequence[str] = ()) -> 
         load += f'pipe.load_lora_weights(pack, weight_name="{LORA}", use_safetensors=True)\n'
     if any(known["ranks"] for known in knowledge):
         load += f'pipe.text_encoder.load_adapter(f"{{pack}}/{ADAPTER_FOLDER}")\n'
-    miniature = base == "miniature"
     quoted = json.dumps(base, ensure_ascii=False)
     usual, backbone = fields["defaults"], BACKBONES[fields["pipeline"]]
     guidance, less = backbone.scale
-    source = 'files("mokus.miniature").joinpath("weights")' if miniature else quoted
-    imports = "from importlib.resources import files\n\n" if miniature else ""
-    if backbone.bare_text_encoder:
-        kind = backbone.text_encoder
-        imports += f"from transformers import {kind}\n"
-        source = f'{source}, text_encoder={kind}.from_pretrained({source}, subfolder="text_encoder")'
+    imports, source = loading(base, backbone)
     prompt = json.dumps(anchor, ensure_ascii=False)
     shown = "".join(f"- text: {prompt}\n  output:\n    url: {sample}\n" for sample in sorted(samples))
     text = _CARD.format(
@@ -104,7 +111,7 @@ def card(fields: Mapping[str, Any], lora: bool, samples: Sequence[str] = ()) -> 
         pipeline=backbone.pipeline, tag=backbone.name,
         negative=json.dumps(usual["negative_prompt"], ensure_ascii=False),
         base=base, base_model=quoted, anchor=prompt, title=_prose(anchor), gallery=f"widget:\n{shown}" if shown else "",
-        base_of="" if miniature else f"base_model: {quoted}\nbase_model_relation: adapter\n",  # the hub has no miniature
+        base_of="" if base == MINIATURE else f"base_model: {quoted}\nbase_model_relation: adapter\n",  # the hub has no miniature
         contents=_contents_of(looks, lora, bool(knowledge)),
         knowledge=f"\nBound to it:\n\n{phrases}" if knowledge else "",
         imports=imports, source=source, load=load,

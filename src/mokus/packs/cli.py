@@ -40,6 +40,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Write a pack for another program: ComfyUI, diffusers + peft, musubi-tuner (kohya), or merged into the whole model."""
+    from mokus.memory import CPU
     from mokus.packs.export import check_place, check_target, output_of
     from mokus.packs.export import export as export_pack
 
@@ -52,7 +53,8 @@ def export(
 
     opened = ConceptPack.open(pack)
     check_place(output_of(opened, to, output))  # before a large model is loaded
-    loaded = load_model(model, "cpu", _dtype(model, dtype)) if to == "merged" else None
+    # whatever tier was asked for: what is written are plain weights
+    loaded = load_model(model, "cpu", _dtype(model, dtype), CPU.name) if to == "merged" else None
     with Bars() as progress:
         done = export_pack(opened, to, output, loaded, progress)
     for sentence in done.notes:

@@ -27,6 +27,7 @@ from mokus import low_rank
 from mokus.backbone import QWEN_IMAGE
 from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift, Shifts
+from mokus.memory import CPU
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.export_card import readme
 from mokus.packs.files import ADAPTER, ADAPTER_CONFIG, LORA, README, refuse_inside
@@ -66,7 +67,8 @@ def export(
 
     "merged" needs the `model` that the pack is for, and writes it whole, in the dtype it is loaded in, with the changes
     added to its weights; the model itself is the same bits afterwards. Raises `MokusError` for an unknown target, a folder
-    that is taken, a pack of which the target can carry nothing, and a model that the pack is not for.
+    that is taken, a pack of which the target can carry nothing, a model that the pack is not for, and one whose weights are
+    in few bits or come and go.
     """
     check_target(to)
     place = output_of(pack, to, output)
@@ -213,12 +215,21 @@ def _merged(
     if model is None:
         raise MokusError("a merged export needs the model that the pack is for; give it.")
     pack.check_base(model)
+    if model.tier.bits < 16 or model.tier.streamed:
+        raise MokusError(
+            f"a merged export writes plain weights, and the model is loaded in the memory tier {model.tier.name!r}; load it "
+            f"with tier={CPU.name!r}."
+        )
     watch, pipe = progress or (lambda what, done, total, info: None), model.pipe
+    processor = _processor(model) if model.backbone.processor else None
     with _folder(place) as beside:
         watch("merging", 0, 2, {})
         with low_rank.merged(pipe.transformer, looks) as lost, low_rank.merged(pipe.text_encoder, knowledge) as faded:
             watch("merging", 1, 2, {})
             pipe.save_pretrained(beside)
+        if processor:
+            shutil.rmtree(beside / "processor")
+            shutil.copytree(processor, beside / "processor")
         rounding = {"looks": lost, "knowledge": faded}
         (beside / DEFAULTS_FILE).write_text(json.dumps(asdict(model.defaults), indent=2) + "\n", encoding="utf-8")
         if model.corpus:
@@ -227,6 +238,18 @@ def _merged(
         (beside / README).write_text(readme("merged", pack, place.name, [], notes), encoding="utf-8")
     watch("merging", 2, 2, {})
     return Exported("merged", place, _names(place), notes, rounding)
+
+
+def _processor(model: Model) -> Path:
+    """The folder of the model's own processor, whole: `load` takes its tokenizer alone, and other programs want the rest."""
+    if os.path.isdir(model.id):
+        return Path(model.id, "processor")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.id, allow_patterns="processor/*"), "processor")
+    except (OSError, ValueError) as error:  # what the hub's library raises, the latter for what can be no name there
+        raise MokusError(f"the processor of {model.id} was not downloaded ({error}); check the connection.") from error
 
 
 def _rounded(rounding: Mapping[str, float], dtype: str) -> list[str]:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mokus.backbone import BACKBONES
+from mokus.packs.card import loading
 from mokus.packs.files import ADAPTER, ADAPTER_FOLDER, LORA
 
 if TYPE_CHECKING:
@@ -43,18 +45,18 @@ def readme(target: str, pack: ConceptPack, folder: str, files: Sequence[str], no
     """The text, for the export in `folder` whose files of weights are `files`."""
     known = pack.knowledge if target != "kohya" else []
     prompt = json.dumps(known[0].text if known else pack.anchor, ensure_ascii=False)
-    miniature = pack.base_model == "miniature"
+    imports, source = loading(pack.base_model, BACKBONES[pack.pipeline])
     load = ""
     if LORA in files:
         load += f'pipe.load_lora_weights("{folder}", weight_name="{LORA}", use_safetensors=True)\n'
     if ADAPTER in files:
-        # which keeps the factors in float32 beside a bfloat16 model; `load_adapter` of transformers rounds them
-        load += f'pipe.text_encoder = PeftModel.from_pretrained(pipe.text_encoder, "{folder}/{ADAPTER_FOLDER}")\n'
+        # which keeps the factors in float32 beside a bfloat16 model; `load_adapter` of transformers rounds them. They go
+        # into the encoder itself: one pipeline or the other reaches into it, and does not find its way in a wrapped one
+        load += f'knowledge = PeftModel.from_pretrained(pipe.text_encoder, "{folder}/{ADAPTER_FOLDER}")\n'
     how = {"comfyui": _COMFYUI, "kohya": _KOHYA, "diffusers": _DIFFUSERS, "merged": _MERGED}[target].format(
         file=files[0] if files else "", folder=folder, prompt=prompt, load=load, pipeline=pack.pipeline,
         peft="from peft import PeftModel\n" if ADAPTER in files else "",
-        imports="from importlib.resources import files\n\n" if miniature else "",
-        source='files("mokus.miniature").joinpath("weights")' if miniature else json.dumps(pack.base_model),
+        imports=imports, source=source,
     )  # fmt: skip
     meanings = "".join(f"- {each.text}\n" for each in known)
     told = f"\nThese phrases mean it, or what stands beside them in the pack:\n\n{meanings}" if known else ""

@@ -193,7 +193,8 @@ def write_plan(model: Model, plan: Plan, folder: Path, seeds: Sequence[int], com
     old = read_plan(folder) if (folder / "plan.json").is_file() else None
     seeds, commands = list(seeds), [command]
     if old:
-        if differing := [name for name in fields if old.get(name) != fields[name]]:
+        # a model may be named otherwise, as by another path; it is the same by its fingerprint
+        if differing := [name for name in fields if name != "model" and old.get(name) != fields[name]]:
             raise MokusError(
                 f"{folder} holds a run with another {' and '.join(differing)}; choose another folder for this one."
             )
