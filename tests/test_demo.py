@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from mokus import demo, report
+from mokus import html as page_parts
 from mokus.knowledge_update import ask
 from mokus.miniature import oracle, world
 from mokus.packs.concept_pack import ConceptPack
@@ -206,5 +207,5 @@ def test_the_class_word_of_the_anchor_is_in_the_knowledge(model: Model, monkeypa
 
 def test_large_photos_become_thumbnails() -> None:
     image = Image.effect_noise((1024, 1024), 60)
-    assert len(report._image(image, "", "")) < 200_000
-    assert report.loss_curve([]) == "" and "<svg" in report.loss_curve([(1, 0.0), (2, 0.0)])
+    assert len(page_parts.img(image, "", "")) < 200_000
+    assert page_parts.loss_curve([]) == "" and "<svg" in page_parts.loss_curve([(1, 0.0), (2, 0.0)])

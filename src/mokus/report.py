@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.metadata import version
 from importlib.resources import files
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from mokus.demo import ANCHOR, BASE, BOUND, Grid, Panel, Story
+from mokus.html import PAGE, html_table, img, loss_curve, section
 from mokus.pictures import DIM, INK, cell, wrapped
 
 LIBRARIES = ["mokus", "torch", "diffusers", "transformers", "peft"]
-PIXEL_ART = 128  # pixels: images up to this width keep their pixels, larger ones become thumbnails of twice this width
 
 
 def write(story: Story, output: Path) -> tuple[Path, Path]:
@@ -34,10 +32,10 @@ def write(story: Story, output: Path) -> tuple[Path, Path]:
 
 def page(story: Story) -> str:
     """The whole page."""
-    return _PAGE.format(
+    return PAGE.format(
         title=f"MoKus: {escape(story.anchor)}",
         subtitle=_subtitle(story),
-        body="\n".join(_section(title, note, content) for title, note, content in _sections(story) if content),
+        body="\n".join(section(title, note, content) for title, note, content in _sections(story) if content),
         style=files("mokus").joinpath("report.css").read_text(encoding="utf-8"),
     )
 
@@ -56,7 +54,7 @@ def _sections(story: Story) -> list[tuple[str, str, str]]:
         " <b class=hit>Outlined</b>: the oracle recognises the concept." if story.character else ""
     )
     return [
-        ("The photos", "", _strip(_image(photo, "photo", "a photo of the concept") for photo in story.photos)),
+        ("The photos", "", _strip(img(photo, "photo", "a photo of the concept") for photo in story.photos)),
         ("Ask", "The text encoder answers inside the prompt template of image generation.", _answers(story)),
         ("Draw", seeds, _grids(story, story.alone)),
         ("Draw in a scene", "In scenes with which no edit was made.", _grids(story, story.placed)),
@@ -69,34 +67,16 @@ def _sections(story: Story) -> list[tuple[str, str, str]]:
     ]
 
 
-def _section(title: str, note: str, content: str) -> str:
-    about = f"<p class=note>{note}</p>" if note else ""
-    return f"<section><h2>{escape(title)}</h2>{about}{content}</section>"
-
-
 def _strip(images: Iterable[str]) -> str:
     return f"<div class=strip>{''.join(images)}</div>"
 
 
-def _image(image: Image.Image, kind: str, title: str) -> str:
-    """An <img> that carries its own pixels."""
-    buffer, hard = BytesIO(), image.width <= PIXEL_ART
-    if hard:
-        image.save(buffer, "PNG")
-    else:
-        small = image.convert("RGB")
-        small.thumbnail((2 * PIXEL_ART, 2 * PIXEL_ART))
-        small.save(buffer, "JPEG", quality=88)
-    data = f"data:image/{'png' if hard else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return f'<img class="{kind}{" hard" if hard else ""}" alt="{escape(title)}" title="{escape(title)}" src="{data}">'
-
-
 def _panel(story: Story, panel: Panel) -> str:
     if panel.label is None:
-        return _image(panel.image, "", "")
+        return img(panel.image, "", "")
     hit = panel.label["character"] == story.character
     read = ", ".join(f"{attribute} {value}" for attribute, value in panel.label.items())
-    return _image(panel.image, "hit" if hit else "", f"the oracle reads: {read}")
+    return img(panel.image, "hit" if hit else "", f"the oracle reads: {read}")
 
 
 def _grids(story: Story, grids: Iterable[Grid]) -> str:
@@ -120,18 +100,12 @@ def _answers(story: Story) -> str:
         moved = f"{edit.alignment:.0%}" if edit.taken else "did not take"
         answers = [row["question"], row["before"], row["after"], *[row.get("unbound", "")] * undone]
         rows.append([*answers, moved, str(edit.steps), f"{edit.seconds:.1f}"])
-    return _table(head, rows)
+    return html_table(head, rows)
 
 
 def _figures(story: Story) -> str:
     rows = [[row["what"], f"{row['share']:.0%}", str(row["n"])] for row in story.figures]
-    return _table(["", "share", "images"], rows) if rows else ""
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=scroll><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    return html_table(["", "share", "images"], rows) if rows else ""
 
 
 def _timings(seconds: dict[str, float]) -> str:
@@ -148,42 +122,7 @@ def _settings(story: Story) -> str:
     rows = [[name, value] for name, value in about.items()]
     rows += [[library, version(library)] for library in LIBRARIES]
     rows += [[key, json.dumps(value, default=str)] for key, value in story.settings.items()]
-    return f"<details><summary>everything needed to do it again</summary>{_table(['', ''], rows)}</details>"
-
-
-def loss_curve(losses: Sequence[tuple[int, float]], width: int = 720, height: int = 200) -> str:
-    """An SVG of (step, loss): every value, faint, and their exponential mean over about a twentieth of the run."""
-    if len(losses) < 2:
-        return ""
-    last, top = losses[-1][0], max(loss for _, loss in losses) or 1.0
-    share = 1 / max(len(losses) / 20, 1)
-    mean, smooth = losses[0][1], []
-    for step, loss in losses:
-        mean += share * (loss - mean)
-        smooth.append((step, mean))
-    left, right, bottom = 44, width - 10, height - 24
-
-    def line(points: Iterable[tuple[int, float]], kind: str) -> str:
-        at = [(left + (right - left) * x / last, bottom - (bottom - 10) * y / top) for x, y in points]
-        return f'<polyline class={kind} points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in at)}"/>'
-
-    return (
-        f'<svg class=loss viewBox="0 0 {width} {height}" role=img aria-label="training loss by step">'
-        f'<line x1="{left}" y1="{bottom}" x2="{right}" y2="{bottom}"/><line x1="{left}" y1="10" x2="{left}" y2="{bottom}"/>'
-        f'<text x="{left - 6}" y="16" text-anchor=end>{top:.2g}</text><text x="{left - 6}" y="{bottom}" text-anchor=end>0</text>'
-        f'<text x="{right}" y="{height - 6}" text-anchor=end>step {last}</text>'
-        f"{line(losses, 'raw')}{line(smooth, 'mean')}</svg>"
-    )
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{style}</style>
-<main><header><h1>{title}</h1><p>{subtitle}</p></header>
-{body}
-</main></html>
-"""
+    return f"<details><summary>everything needed to do it again</summary>{html_table(['', ''], rows)}</details>"
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------

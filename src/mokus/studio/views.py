@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from mokus.report import loss_curve
+from mokus.html import loss_curve
 from mokus.studio.home import SUFFIX
 from mokus.studio.jobs import AGAIN
 

@@ -28,7 +28,7 @@ from mokus.bench.editing.figures import (
     value_of,
 )
 from mokus.files import write as write_file
-from mokus.report import _PAGE, _image, _section, _table
+from mokus.html import PAGE, html_table, img, section
 
 
 def write(folder: Path, rows: list[Row], extra: dict[str, Any], setup: dict[str, Any]) -> Path:
@@ -39,11 +39,11 @@ def write(folder: Path, rows: list[Row], extra: dict[str, Any], setup: dict[str,
 def page(rows: list[Row], extra: dict[str, Any], setup: dict[str, Any]) -> str:
     """The whole page."""
     editors = _editors(rows, extra)
-    return _PAGE.format(
+    return PAGE.format(
         title="MoKus: knowledge editors compared",
         subtitle=_subtitle(rows),
         body="\n".join(
-            _section(title, note, content) for title, note, content in _sections(rows, extra, setup, editors) if content
+            section(title, note, content) for title, note, content in _sections(rows, extra, setup, editors) if content
         ),
         style=files("mokus").joinpath("report.css").read_text(encoding="utf-8"),
     )
@@ -238,12 +238,12 @@ def _wanted_cells(value: float | None, least: float) -> str:
 def _rounding(rows: list[Row]) -> str:
     head = ["editor", "of the shift lost", "answered, as a side branch", "answered, merged"]
     cells = [[row["editor"], *(share(row[key]) for key in ("lost", "side_branch", "merged"))] for row in rows]
-    return _table(head, cells) if rows else ""
+    return html_table(head, cells) if rows else ""
 
 
 def _settings(setup: dict[str, Any]) -> str:
     rows = [[str(k), v if isinstance(v, str) else json.dumps(v, default=str)] for k, v in setup.items()]
-    table = _table(["", ""], rows)
+    table = html_table(["", ""], rows)
     return f"<details><summary>everything needed to do it again</summary>{table}</details>" if rows else ""
 
 
@@ -274,8 +274,8 @@ def _images(images: Iterable[Row]) -> str:
     groups: dict[tuple[str, str], list[str]] = {}
     for entry in images:
         prompt, wanted = str(entry["prompt"]), str(entry["wanted"])
-        before = _image(entry["before"], "", f"before: {prompt}")
-        after = _image(entry["after"], "", f"after, by {entry['editor']}: {prompt}")
+        before = img(entry["before"], "", f"before: {prompt}")
+        after = img(entry["after"], "", f"after, by {entry['editor']}: {prompt}")
         pair = f"<div class=pair>{before}<span aria-hidden=true>→</span>{after}</div>"
         figure = f"<figure><h4>{name_of(entry['editor'])}</h4>{pair}</figure>"
         groups.setdefault((prompt, wanted), []).append(figure)

@@ -41,7 +41,7 @@ from mokus.bench.knowcusbench.report_layout import (
     plain,
 )
 from mokus.files import write as write_file
-from mokus.report import _PAGE
+from mokus.html import PAGE
 
 OURS = "mokus"
 COMPARED = ("mokus", "mokus-paper", "enc-ft", "naive-db")  # in the running; the floor and the ceilings are not
@@ -60,7 +60,7 @@ def write(folder: Path) -> tuple[Row, list[Path]]:
     results = aggregate(run) | {"claims": claims(run)}
     sections = [section for section in _sections(run, results) if section.parts]
     title = f"KnowCusBench: {results['suite']}"
-    page = _PAGE.format(
+    page = PAGE.format(
         title=escape(title), subtitle=escape(_subtitle(run, results)), style=_style(),
         body="\n".join(section.html() for section in sections),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mokus.bench.knowcusbench.aggregate import COLUMNS, KINDS, SEED, Run, Sample
 from mokus.bench.knowcusbench.plan import image_file
-from mokus.report import _image
+from mokus.html import img
 
 SHOWN, WORST = 3, 12  # concepts, images
 SMALL = 160  # pixels, about twice what they are shown with
@@ -78,7 +78,7 @@ def _picture(run: Run, sample: Sample | None) -> str:
         with Image.open(file, formats=("PNG",)) as image:
             small = image.convert("RGB")
             small.thumbnail((SMALL, SMALL))
-            return _image(small, "hit" if seen else "", "; ".join([sample.method, *_told(sample)]))
+            return img(small, "hit" if seen else "", "; ".join([sample.method, *_told(sample)]))
     except _BROKEN:
         return "<div>cannot be read</div>"
 

@@ -23,7 +23,7 @@ from mokus.bench.wise.score import VARIANTS, Judged, cost, judged, results
 from mokus.errors import MokusError
 from mokus.files import read_json
 from mokus.files import write as write_file
-from mokus.report import _PAGE, _image
+from mokus.html import PAGE, img
 
 Row = dict[str, Any]
 JUDGE = "judge.json"  # whom the run's judgements were asked of, written when it is asked
@@ -52,7 +52,7 @@ def write(folder: Path) -> tuple[Row, list[Path]]:
         for package in ("mokus", "mokus.bench.knowcusbench")
     )
     subtitle = _subtitle(plan, figures)
-    page = _PAGE.format(
+    page = PAGE.format(
         title=escape(title), subtitle=escape(subtitle), style=style, body="\n".join(s.html() for s in sections)
     )
     text = [f"# {plain(title)}", plain(subtitle), *(section.markdown() for section in sections)]
@@ -274,7 +274,7 @@ def _picture(file: Path, title: str) -> str:
         with Image.open(file, formats=("PNG",)) as image:
             small = image.convert("RGB")
             small.thumbnail((PICTURE, PICTURE))
-            return _image(small, "", title)
+            return img(small, "", title)
     except _BROKEN:
         return "<div class=lost>cannot be read</div>"
 
