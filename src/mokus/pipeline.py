@@ -149,6 +149,7 @@ def load(
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise MokusError(f"the model {source} cannot be loaded ({reason}); get a whole copy of it.") from error
     pipe.set_progress_bar_config(disable=True)
+    pipe.vae.enable_slicing()  # one image at a time: eight of 1024 pixels together take 34 GiB
     for name in COMPONENTS:
         getattr(pipe, name).requires_grad_(False).eval()
     identity = fingerprint(pipe)

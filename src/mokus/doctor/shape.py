@@ -74,6 +74,8 @@ class Shape:
                 else:
                     default = {"transformer": "QwenImageTransformer2DModel", "vae": "AutoencoderKLQwenImage"}[name]
                     made = getattr(diffusers, default).from_config(config)
+                    if name == "vae":
+                        made.enable_slicing()  # as `pipeline.load` has it
                 return nn.Module.to(made, dtype).eval().requires_grad_(False)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise MokusError(
