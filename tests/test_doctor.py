@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from benchmarks import doctor as bench
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from mokus import memory, pipeline, qwen_image
+from mokus import cli, memory, pipeline, qwen_image
 from mokus.cli import app
 from mokus.doctor import plan as doctor
 from mokus.doctor import rehearsal
@@ -204,6 +205,17 @@ def test_a_small_model_needs_no_plan_and_a_large_one_is_planned(small: Shape, pu
     assert (
         chosen is not None and chosen.tier.name == "staged"
     )  # the encoder alone, as long as gate and up share moments
+
+
+def test_eight_images_of_1024_pixels_are_planned_and_drawn_where_one_is(published: Shape) -> None:
+    """What `mokus generate` draws at a time by default is what the doctor plans with by default."""
+    (generate, plan) = (inspect.signature(each).parameters for each in (cli.generate, doctor.plan))
+    assert generate["batch_size"].default == plan["batch"].default == 8
+    given: tuple[Any, ...] = (published, "generate", memory.tier("staged"), 1024)
+    one, eight = (doctor.need(*given, batch, torch.bfloat16) for batch in (1, 8))
+    assert one.peak < eight.peak < one.peak + GIB / 4
+    for stage in eight.stages:
+        assert stage.beside < 5 * GIB, stage
 
 
 @pytest.mark.parametrize("task, size, words", [("paint", 32, "learn, bind, generate"), ("learn", 33, "multiple of")])

@@ -18,6 +18,7 @@ from mokus.errors import MokusError
 if TYPE_CHECKING:
     from mokus.pipeline import Defaults
 
+AT_ONCE = 8  # images drawn at a time, unless the user says otherwise: what the doctor plans with
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 

@@ -25,7 +25,7 @@ from mokus.memory import CPU, TASKS, TIERS, Tier, after
 from mokus.pipeline import COMPONENTS
 from mokus.places import NOISES, PLACES
 from mokus.prior_prompts import OTHER_LOOKS
-from mokus.settings import EditSettings, LearnSettings
+from mokus.settings import AT_ONCE, EditSettings, LearnSettings
 from mokus.training.material import LENDERS
 
 PHOTOS = 5
@@ -203,7 +203,12 @@ def _in_gib(machine: Machine) -> dict[str, float | None]:
 
 
 def plan(
-    shape: Shape, task: str, machine: Machine, size: int | None = None, batch: int = 1, dtype: torch.dtype | None = None
+    shape: Shape,
+    task: str,
+    machine: Machine,
+    size: int | None = None,
+    batch: int = AT_ONCE,
+    dtype: torch.dtype | None = None,
 ) -> Plan:
     """What the task needs in every tier, and the first that fits the machine.
 
@@ -230,7 +235,8 @@ def plan(
 def fitting(shape: Shape, free: float, dtype: torch.dtype) -> Tier:
     """The first tier in which all tasks fit into so many bytes of a GPU. Raises `MokusError` if not even drawing does.
 
-    If learning or binding fits in no tier, it is the first in which drawing does: they then say that their memory is full.
+    Images are of the model's own size. If learning or binding fits in no tier, it is the first in which drawing does: they
+    then say that their memory is full.
     """
     if sum(shape.parameters.values()) * dtype.itemsize * 20 < free:
         return TIERS[0]  # a small model needs no plan
@@ -238,7 +244,7 @@ def fitting(shape: Shape, free: float, dtype: torch.dtype) -> Tier:
     for tasks in (TASKS, ("generate",)):
         for each in TIERS[:-1]:
             if set(tasks) <= set(each.tasks) and all(
-                need(shape, task, each, shape.defaults.size, 1, dtype).fits(machine) for task in tasks
+                need(shape, task, each, shape.defaults.size, AT_ONCE, dtype).fits(machine) for task in tasks
             ):
                 return each
     raise MokusError(
