@@ -22,8 +22,11 @@ from mokus.doctor.flops import TOKENS, image_flops, text_flops
 from mokus.doctor.machine import GIB, Machine
 from mokus.doctor.shape import PUBLISHED, Shape
 from mokus.errors import MokusError
+from mokus.miniature import tokenizer
 from mokus.pipeline import COMPONENTS, Defaults
 from mokus.settings import EditSettings, LearnSettings
+
+from . import pico_backbones
 
 TARGETS = LearnSettings().targets
 
@@ -252,6 +255,14 @@ def test_the_command_plans_for_this_machine(pico_folder: Path) -> None:
     assert found["tier"] == "cpu" and 0 < found["seconds"] < 60 and found["machine"]["host"] > 1
     told = run("--model", str(pico_folder), "--device", "cpu", "--task", "generate")
     assert told.exit_code == 0 and "generate at 32 pixels: tier cpu" in told.stdout
+
+
+@pytest.mark.parametrize("family", sorted(pico_backbones.MAKERS))
+def test_other_families_are_not_planned_yet_which_is_one_sentence(family: str, tmp_path: Path) -> None:
+    folder = pico_backbones.save(family, tokenizer.build(), tmp_path / family)
+    result = run("--model", str(folder), "--device", "cpu")
+    assert result.exit_code == 2, result.output
+    assert "planned only for Qwen-Image's" in " ".join(result.output.split()) and "'staged'" in result.output
 
 
 @pytest.mark.parametrize(

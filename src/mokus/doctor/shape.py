@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from mokus.errors import MokusError
-from mokus.memory import Tier
+from mokus.memory import STAGED, Tier
 from mokus.pipeline import COMPONENTS, MINIATURE, Defaults, defaults_of
 
 PUBLISHED = "Qwen/Qwen-Image"
 CONFIG = "config.json"
+TRANSFORMER = "QwenImageTransformer2DModel"  # the kind that is planned
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ class Shape:
 
     @classmethod
     def of(cls, source: str | None = None, defaults: Defaults | None = None) -> Shape:
-        """Read the configs from a folder or the hub; those of Qwen-Image are at hand. Raises `MokusError` if there are none."""
+        """Read the configs from a folder or the hub; those of Qwen-Image are at hand.
+
+        Raises `MokusError` if there are none, or they are of another family.
+        """
         if source in (None, MINIATURE):
             source = str(files("mokus.miniature").joinpath("weights"))
         assert source is not None
@@ -41,6 +45,12 @@ class Shape:
             found = {name: _config(source, name) for name in COMPONENTS}
         else:
             found = published()
+        kind = found["transformer"].get("_class_name", TRANSFORMER)
+        if kind != TRANSFORMER:
+            raise MokusError(
+                f"{source} has a {kind}, and memory is planned only for Qwen-Image's {TRANSFORMER} so far; models of other "
+                f"families take the memory tier {STAGED.name!r} unless another one is named by --tier."
+            )
         return cls(source, found, defaults or defaults_of(source))
 
     def with_layers(self, layers: int | None = None, text_layers: int | None = None) -> Shape:
@@ -72,7 +82,7 @@ class Shape:
                 if name == "text_encoder":
                     made = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(config))
                 else:
-                    default = {"transformer": "QwenImageTransformer2DModel", "vae": "AutoencoderKLQwenImage"}[name]
+                    default = {"transformer": TRANSFORMER, "vae": "AutoencoderKLQwenImage"}[name]
                     made = getattr(diffusers, default).from_config(config)
                     if name == "vae":
                         made.enable_slicing()  # as `pipeline.load` has it
