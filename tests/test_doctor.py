@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -221,7 +222,10 @@ def test_eight_images_of_1024_pixels_are_planned_and_drawn_where_one_is(publishe
         assert stage.beside < 5 * GIB, stage
 
 
-@pytest.mark.parametrize("task, size, words", [("paint", 32, "learn, bind, generate"), ("learn", 33, "multiple of")])
+@pytest.mark.parametrize(
+    "task, size, words",
+    [("paint", 32, "learn, bind, generate"), ("learn", 33, "multiple of"), ("learn", 8208, "at most 8192")],
+)
 def test_what_cannot_be_planned(small: Shape, task: str, size: int, words: str) -> None:
     with pytest.raises(MokusError, match=words):
         doctor.plan(small, task, card(1), size)
@@ -266,8 +270,38 @@ def test_other_families_are_not_planned_yet_which_is_one_sentence(family: str, t
 
 
 @pytest.mark.parametrize(
+    "name, config, words",
+    [
+        ("transformer", "[1]", "holds no JSON object"),
+        ("transformer", "{}", "num_layers of the transformer"),
+        ("transformer", {"num_layers": "two"}, "num_layers of the transformer"),
+        ("transformer", {"num_layers": 0}, "num_layers of the transformer"),
+        ("transformer", {"axes_dims_rope": []}, "the config of transformer"),
+        ("transformer", {"in_channels": -1}, "the config of transformer"),
+        ("text_encoder", {"vision_config": None}, "vision_config of the text encoder"),
+        ("text_encoder", {"text_config": [1]}, "text_config of the text encoder"),
+        ("text_encoder", {"image_token_id": "x"}, "the config of text_encoder"),
+        ("vae", "null", "holds no JSON object"),
+        ("vae", {"base_dim": "x"}, "the config of vae"),
+    ],
+)
+def test_damaged_configs_are_one_sentence(
+    name: str, config: str | dict[str, Any], words: str, pico_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pico_folder, tmp_path / "damaged", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = folder / name / "config.json"
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    text = json.dumps({**whole, **config}) if isinstance(config, dict) else config
+    file.write_text(text, encoding="utf-8")
+    result = run("--model", str(folder), "--device", "cpu")
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.output.split()), result.output
+
+
+@pytest.mark.parametrize(
     "given, words",
     [
+        (["--resolution", "10000000"], "at most 8192 pixels"),
         (["--task", "paint"], "--task got 'paint'"),
         (["--gpu-memory", "-3"], "--gpu-memory got -3"),
         (["--gpu", "H100"], "goes with --gpu-memory"),

@@ -21,6 +21,7 @@ from mokus.doctor.rehearsal import Use
 from mokus.doctor.shape import SHAPES, Shape, key_of
 from mokus.encoder import entrance
 from mokus.errors import MokusError
+from mokus.generation import MAX_SIZE
 from mokus.memory import CPU, TASKS, TIERS, Tier, after
 from mokus.pipeline import COMPONENTS
 from mokus.places import NOISES, PLACES
@@ -218,6 +219,8 @@ def plan(
     size = shape.defaults.size if size is None else size
     if task not in TASKS:
         raise MokusError(f"the task is {task!r}, expected one of {', '.join(TASKS)}.")
+    if size > MAX_SIZE:
+        raise MokusError(f"the resolution is {size}, expected at most {MAX_SIZE} pixels.")
     if size < shape.patch or size % shape.patch:
         raise MokusError(f"the resolution is {size}, expected a multiple of {shape.patch} pixels.")
     on_gpu = machine.gpu is not None
