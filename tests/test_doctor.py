@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,18 @@ def test_the_command_plans_for_a_machine_that_is_not_here() -> None:
     assert next(each["tier"] for each in found["tiers"] if each["fits"]) == "4bit"
     none = run("--model", PUBLISHED, "--task", "learn", "--gpu-memory", "8")
     assert none.exit_code == 1 and "fits in no tier" in none.stdout
+
+
+def test_a_tier_whose_library_is_not_installed_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["--model", PUBLISHED, "--task", "bind", "--gpu-memory", "24"]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    (found,) = json.loads(run(*given, "--json").stdout)
+    assert [each["tier"] for each in found["tiers"] if each["lacks"]] == ["8bit", "4bit"]
+    told = run(*given).stdout
+    assert told.count("lacks") == 2 and "not installed: bitsandbytes; pip install 'mokus[quantise]'" in told
+    monkeypatch.undo()
+    told = run(*given).stdout
+    assert "lacks" not in told and "quantise" not in told
 
 
 def test_the_command_plans_for_this_machine(pico_folder: Path) -> None:

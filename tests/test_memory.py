@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import QwenImagePipeline
 from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
@@ -219,6 +222,23 @@ def test_the_last_tier_has_none_below() -> None:
 
 
 # --- choosing ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen", PACKED)
+def test_a_missing_library_is_told_before_anything_is_loaded(
+    chosen: str, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(QwenImagePipeline, "from_pretrained", read)
+    with pytest.raises(MokusError, match=rf"'{chosen}' needs bitsandbytes.*pip install 'mokus\[quantise\]'"):
+        pipeline.load(pico_folder, device="cpu", tier=chosen)
+    monkeypatch.setattr(pipeline, "device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(pipeline, "_fitting", lambda *_: memory.tier(chosen))  # by itself, on a card that it fits
+    with pytest.raises(MokusError, match="needs bitsandbytes"):
+        pipeline.load(pico_folder)
 
 
 def test_a_tier_by_name(pico_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

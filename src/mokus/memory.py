@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from mokus.errors import MokusError
 
 VARIABLE = "MOKUS_TIER"
 TASKS = ("learn", "bind", "generate")
+BITS, INSTALL = "bitsandbytes", "pip install 'mokus[quantise]'"
 SELECTED = 4  # of the tier `selective`: every so manieth block keeps its activations
 OUTLIERS = 6.0  # LLM.int8(): inputs beyond this are multiplied in full precision (arXiv 2208.07339)
 
@@ -81,6 +83,20 @@ def check(one: Tier, task: str) -> None:
         )
 
 
+def lacks(one: Tier) -> str | None:
+    """The library that the tier needs and that is not installed, if there is one."""
+    return BITS if one.bits < 16 and find_spec(BITS) is None else None
+
+
+def check_installed(one: Tier) -> None:
+    """Raise `MokusError` if the tier's library is not there: before weights are read, which takes long."""
+    if missing := lacks(one):
+        raise MokusError(
+            f"the memory tier {one.name!r} needs {missing}, which is not installed: {INSTALL}, or choose another tier by "
+            "--tier; 'mokus doctor' says what each needs."
+        )
+
+
 # --- weights ---------------------------------------------------------
 
 
@@ -113,9 +129,7 @@ def quantise(module: nn.Module, bits: int, device: torch.device) -> None:
     try:
         import bitsandbytes as bnb
     except ImportError as error:
-        raise MokusError(
-            f"weights of {bits} bits need bitsandbytes, which is not installed: pip install 'mokus[quantise]'."
-        ) from error
+        raise MokusError(f"weights of {bits} bits need {BITS}, which is not installed: {INSTALL}.") from error
     for name, child in list(module.named_children()):
         if type(child) is not nn.Linear:
             quantise(child, bits, device)

@@ -139,6 +139,7 @@ def load(
     _check_parts(source, index)
     defaults = _defaults(source, backbone.defaults(index))
     use = chosen or (CPU if where.type == "cpu" else _fitting(source, defaults, where, kind, backbone))
+    memory.check_installed(use)
     try:
         parts = _answering(source, index, backbone, kind)
         if backbone.processor:

@@ -115,6 +115,8 @@ def _print(plans: list[Plan]) -> None:
 
 
 def _print_plan(found: dict[str, Any], out: Any) -> None:
+    from mokus.memory import INSTALL
+
     verdict = f"tier {found['tier']}" if found["tier"] else "fits in no tier"
     below = f", next one down {found['next_tier']}" if found["next_tier"] else ""
     out.print(f"\n{found['task']} at {found['resolution']} pixels: {verdict}{below}")
@@ -132,8 +134,12 @@ def _print_plan(found: dict[str, Any], out: Any) -> None:
     for each in found["tiers"]:
         gpu = "" if each["gpu_gib"] is None else f"{each['gpu_gib']:.2f}"
         mark = "chosen" if each["tier"] == found["tier"] else "fits" if each["fits"] else "too large"
+        if each["lacks"]:
+            mark += f", lacks {each['lacks']}"
         tiers.add_row(each["tier"], gpu, f"{each['host_gib']:.1f}", mark, each["what"])
     out.print(tiers)
+    if missing := {each["lacks"] for each in found["tiers"] if each["lacks"]}:
+        out.print(f"not installed: {', '.join(missing)}; {INSTALL}", markup=False)
 
 
 def _tflop(tflop: float) -> str:

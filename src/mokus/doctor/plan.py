@@ -22,7 +22,7 @@ from mokus.doctor.shape import SHAPES, Shape, key_of
 from mokus.encoder import entrance
 from mokus.errors import MokusError
 from mokus.generation import MAX_SIZE
-from mokus.memory import CPU, TASKS, TIERS, Tier, after
+from mokus.memory import CPU, TASKS, TIERS, Tier, after, lacks
 from mokus.pipeline import COMPONENTS
 from mokus.places import NOISES, PLACES
 from mokus.prior_prompts import OTHER_LOOKS
@@ -192,6 +192,7 @@ class Plan:
                 {
                     "tier": need.tier.name, "what": need.tier.text, "fits": need.fits(self.machine),
                     "gpu_gib": None if need.tier is CPU else need.peak / GIB, "host_gib": need.host / GIB,
+                    "lacks": lacks(need.tier),
                 }
                 for need in self.needs
             ],
