@@ -180,6 +180,16 @@ def test_learning_at_1024_pixels_fits(published: Shape, gib: float, name: str) -
     assert plan.below is None or plan.below.peak < plan.chosen.peak
 
 
+def test_the_next_tier_down_is_one_that_needs_less(published: Shape) -> None:
+    """Binding needs as much in all tiers with the same on the GPU, whatever is kept or in few bits."""
+    found = {gib: doctor.plan(published, "bind", card(gib)) for gib in (80, 24)}
+    assert found[80].chosen is not None and found[80].chosen.tier.name == "all"
+    assert found[80].below is not None and found[80].below.tier.name == "staged"
+    assert found[24].chosen is not None and found[24].chosen.tier.name == "staged" and found[24].below is None
+    drawing = doctor.plan(published, "generate", card(80))
+    assert drawing.below is not None and drawing.below.tier.name == "staged"
+
+
 def test_a_smaller_card_never_gets_a_larger_tier(published: Shape) -> None:
     order = [tier.name for tier in memory.TIERS]
     found = []

@@ -196,11 +196,26 @@ def test_edits_are_neither_found_in_quantised_weights_nor_added_to_them(packed_e
 # --- a full memory ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, expected", [("all", "--tier selective"), ("4bit", "--tier offload.*only generate")])
-def test_a_full_gpu_names_the_next_tier(name: str, expected: str) -> None:
+@pytest.mark.parametrize(
+    "name, stage, training, expected",
+    [
+        ("all", ["transformer"], True, "--tier selective'"),
+        ("all", ["transformer", "vae"], False, "--tier staged'"),  # nothing is kept for a backward pass
+        ("all", ["text_encoder"], False, "--tier staged'"),
+        ("staged", ["transformer"], True, "--tier 8bit'"),
+        ("staged", ["text_encoder"], False, "--tier offload'.*only generate"),  # which is never in few bits
+        ("staged", ["vae"], False, "none below it needs less"),
+        ("4bit", ["transformer", "vae"], False, "--tier offload'.*only generate"),
+        ("4bit", ["transformer"], True, "none below it needs less"),
+        ("offload", ["transformer", "vae"], False, "none below it needs less"),
+    ],
+)
+def test_a_full_gpu_names_the_next_tier_that_needs_less(
+    name: str, stage: list[str], training: bool, expected: str
+) -> None:
     with (
         pytest.raises(MokusError, match=expected) as raised,
-        memory.told(memory.tier(name), torch.device("cuda:0")),
+        memory.told(memory.tier(name), torch.device("cuda:0"), stage, training),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
     assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
@@ -211,14 +226,6 @@ def test_a_full_host_is_told_and_other_errors_are_left_alone(pico: pipeline.Mode
         torch.empty(1 << 60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="shapes"), pico.resident("vae"):
         torch.ones(2, 3) @ torch.ones(2, 3)
-
-
-def test_the_last_tier_has_none_below() -> None:
-    assert memory.after(memory.tier("offload")) is None
-    below = memory.after(memory.tier("4bit"), "learn")
-    assert below is None and memory.after(memory.tier("staged"), "learn") is memory.tier("8bit")
-    with pytest.raises(MokusError, match="full"), memory.told(memory.tier("offload"), torch.device("cuda:0")):
-        raise torch.OutOfMemoryError
 
 
 # --- choosing ---------------------------------------------------------

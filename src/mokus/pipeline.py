@@ -85,14 +85,15 @@ class Model:
         return side, side
 
     @contextmanager
-    def resident(self, *names: str) -> Iterator[None]:
+    def resident(self, *names: str, training: bool = False) -> Iterator[None]:
         """Inside, only these components are on the device, the others in host memory.
 
         May be nested; afterwards everything is where it was before. On a CPU, and in a memory tier that keeps all of them
         on the device, nothing moves: Qwen-Image's weights are 57 GB, which take long from a GPU to host memory and back.
-        Running out of memory inside is a `MokusError` that names the next tier.
+        Running out of memory inside is a `MokusError` that names the next tier that needs less for what is done there;
+        `training` says that it is with a backward pass through the image transformer.
         """
-        with memory.told(self.tier, self.device):
+        with memory.told(self.tier, self.device, names, training):
             if self.device.type == "cpu" or self.tier.stays:
                 yield
                 return
@@ -154,7 +155,7 @@ def load(
     for name in COMPONENTS:
         getattr(pipe, name).requires_grad_(False).eval()
     identity = fingerprint(pipe)
-    with memory.told(use, where):
+    with memory.told(use, where, COMPONENTS):
         memory.place(pipe, use, where)
     name = MINIATURE if model in (None, MINIATURE) else source
     return Model(pipe, name, identity, defaults, where, _corpus(source), use)

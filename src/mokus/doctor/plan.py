@@ -22,7 +22,7 @@ from mokus.doctor.shape import SHAPES, Shape, key_of
 from mokus.encoder import entrance
 from mokus.errors import MokusError
 from mokus.generation import MAX_SIZE
-from mokus.memory import CPU, TASKS, TIERS, Tier, after, lacks
+from mokus.memory import CPU, TASKS, TIERS, Tier, lacks
 from mokus.pipeline import COMPONENTS
 from mokus.places import NOISES, PLACES
 from mokus.prior_prompts import OTHER_LOOKS
@@ -154,7 +154,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """For one task on one machine. `chosen` is None if nothing fits."""
+    """For one task on one machine. `chosen` is None if nothing fits; `below` is the next tier that needs less, if one does."""
 
     shape: Shape
     task: str
@@ -230,8 +230,7 @@ def plan(
     needs = tuple(need(shape, task, each, size, batch, kinds[each.name]) for each in tiers)
     usable = [each for each in needs if each.fits(machine) and (each.tier is not CPU or not on_gpu)]
     chosen = usable[0] if usable else None
-    next_one = after(chosen.tier, task) if chosen else None
-    below = next((each for each in needs if each.tier is next_one), None)
+    below = next((each for each in needs if chosen and each.tier is not CPU and each.peak < chosen.peak), None)
     works = {each.name: work(shape, task, each, size) for each in tiers}
     return Plan(shape, task, size, machine, needs, chosen, below, works)
 
