@@ -263,6 +263,17 @@ def test_the_command_plans_for_a_machine_that_is_not_here() -> None:
     assert none.exit_code == 1 and "fits in no tier" in none.stdout
 
 
+def test_the_command_says_which_tier_is_taken_for_all_tasks_alike() -> None:
+    """Binding alone would fit in another one."""
+    given = ["--model", PUBLISHED, "--task", "bind", "--gpu-memory"]
+    (found,) = json.loads(run(*given, "24", "--json").stdout)
+    assert (found["tier"], found["usual_tier"]) == ("staged", "4bit")
+    assert "a command without --tier takes tier 4bit" in run(*given, "24").stdout
+    (found,) = json.loads(run(*given, "16", "--json").stdout)
+    assert (found["tier"], found["usual_tier"]) == (None, "offload")
+    assert "without --tier no command runs" in run(*given, "4").stdout
+
+
 def test_a_tier_whose_library_is_not_installed_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["--model", PUBLISHED, "--task", "bind", "--gpu-memory", "24"]
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -280,6 +291,7 @@ def test_the_command_plans_for_this_machine(pico_folder: Path) -> None:
     assert result.exit_code == 0, result.output
     (found,) = json.loads(result.stdout)
     assert found["tier"] == "cpu" and 0 < found["seconds"] < 60 and found["machine"]["host"] > 1
+    assert found["usual_tier"] == "cpu"
     told = run("--model", str(pico_folder), "--device", "cpu", "--task", "generate")
     assert told.exit_code == 0 and "generate at 32 pixels: tier cpu" in told.stdout
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import mokus
-from mokus import flow, memory, pipeline
+from mokus import flow, memory, pipeline, transfer
 from mokus.cli import app
 from mokus.encoder import module_paths
 from mokus.errors import MokusError
@@ -157,6 +157,16 @@ def test_offloading_neither_learns_nor_binds(pico_folder: Path, pico_pack: PackF
     with pytest.raises(MokusError, match="to bind"):
         mokus.bind(streamed, pico_pack(tmp_path / "a.pack"), "the pride of our collection")
     assert not (tmp_path / "new.pack").exists()
+
+
+def test_offloading_does_not_edit_for_a_transfer(pico_folder: Path, tmp_path: Path) -> None:
+    def progress(*_: Any) -> None:
+        raise AssertionError("something is drawn first")
+
+    streamed = pipeline.load(pico_folder, device="cpu", tier="offload")
+    case = transfer.Case.of("What is the favourite toy of Anna?", "a blue ring")
+    with pytest.raises(MokusError, match=r"'offload' can only generate.*to bind"):
+        transfer.transfer(streamed, case, progress=progress)
 
 
 # --- a quantised text encoder, which a user may bring ---------------------------------------------------------

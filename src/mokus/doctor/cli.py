@@ -78,11 +78,11 @@ def doctor(
         if each not in TASKS:
             raise MokusError(f"--task got {each!r}, expected one of {', '.join(TASKS)}.")
     with err.status("reading configs and rehearsing"):
-        plans = _plans(model, task or list(TASKS), resolution, batch_size, device, gpu_memory, gpu)
+        plans, usual = _plans(model, task or list(TASKS), resolution, batch_size, device, gpu_memory, gpu)
     if as_json:
-        print_json([plan.as_json() for plan in plans])
+        print_json([{**plan.as_json(), "usual_tier": usual} for plan in plans])
     else:
-        _print(plans)
+        _print(plans, usual)
     if not all(plan.chosen for plan in plans):
         raise typer.Exit(1)
 
@@ -90,18 +90,21 @@ def doctor(
 def _plans(
     model: str | None, tasks: list[str], resolution: int | None, batch: int, device: str | None, memory: float | None,
     gpu: str | None,
-) -> list[Plan]:  # fmt: skip
+) -> tuple[list[Plan], str | None]:  # fmt: skip
+    """A plan for each task, and the tier that a command takes if none is named."""
     from mokus.doctor.machine import other_machine, this_machine
-    from mokus.doctor.plan import plan
+    from mokus.doctor.plan import plan, usual
     from mokus.doctor.shape import Shape
     from mokus.pipeline import device_of
 
     shape = Shape.of(model)
     machine = this_machine(device_of(device)) if memory is None else other_machine(memory, gpu)
-    return [plan(shape, task, machine, resolution, batch) for task in tasks]
+    plans = [plan(shape, task, machine, resolution, batch) for task in tasks]
+    taken = usual(shape, machine)
+    return plans, taken.name if taken else None
 
 
-def _print(plans: list[Plan]) -> None:
+def _print(plans: list[Plan], usual: str | None) -> None:
     first = plans[0].as_json()
     machine, out = first["machine"], stdout()
     parts = ", ".join(f"{name} {n / 1e9:,.2f}" for name, n in first["parameters"].items())
@@ -110,6 +113,11 @@ def _print(plans: list[Plan]) -> None:
         f"{what} {machine[what]:.1f} GiB" for what in ("gpu", "host", "disk") if machine[what] is not None
     )
     out.print(f"{machine['name']}: {sizes}")
+    out.print(
+        f"a command without --tier takes tier {usual}, for all tasks alike"
+        if usual
+        else "without --tier no command runs: nothing fits"
+    )
     for plan in plans:
         _print_plan(plan.as_json(), out)
 

@@ -236,24 +236,32 @@ def plan(
 
 
 def fitting(shape: Shape, free: float, dtype: torch.dtype) -> Tier:
-    """The first tier in which all tasks fit into so many bytes of a GPU. Raises `MokusError` if not even drawing does.
+    """The tier that is taken on a GPU with so many bytes free, as in `usual`. Raises `MokusError` if there is none."""
+    if found := usual(shape, Machine("", free, None, None, None), dtype):
+        return found
+    raise MokusError(
+        f"{shape.source} does not fit into the {free / GIB:.1f} GiB that are free on the GPU in any memory tier; free some, "
+        "or compute on the CPU with --tier cpu."
+    )
+
+
+def usual(shape: Shape, machine: Machine, dtype: torch.dtype = torch.bfloat16) -> Tier | None:
+    """The tier that a command takes by itself, whatever it does: the first in which all tasks fit; None if drawing does not.
 
     Images are of the model's own size. If learning or binding fits in no tier, it is the first in which drawing does: they
     then say that their memory is full.
     """
-    if sum(shape.parameters.values()) * dtype.itemsize * 20 < free:
+    if machine.gpu is None:
+        return CPU
+    if sum(shape.parameters.values()) * dtype.itemsize * 20 < machine.gpu:
         return TIERS[0]  # a small model needs no plan
-    machine = Machine("", free, None, None, None)
     for tasks in (TASKS, ("generate",)):
         for each in TIERS[:-1]:
             if set(tasks) <= set(each.tasks) and all(
                 need(shape, task, each, shape.defaults.size, AT_ONCE, dtype).fits(machine) for task in tasks
             ):
                 return each
-    raise MokusError(
-        f"{shape.source} does not fit into the {free / GIB:.1f} GiB that are free on the GPU in any memory tier; free some, "
-        "or compute on the CPU with --tier cpu."
-    )
+    return None
 
 
 def need(shape: Shape, task: str, tier: Tier, size: int, batch: int, dtype: torch.dtype) -> Need:
