@@ -284,6 +284,23 @@ def test_a_step_to_the_end_along_the_true_velocity_is_the_photo(model: Model, mo
     assert np.abs(np.asarray(drawn).astype(int) - np.asarray(known).astype(int)).max() <= 2
 
 
+def test_images_are_decoded_one_at_a_time_to_the_same_pixels(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight of 1024 pixels together would take more than a card has, whatever the memory tier."""
+    vae, prompt = model.pipe.vae, "a red star"
+    decode, sizes = vae._decode, []
+
+    def watched(z: Tensor, *args: Any, **given: Any) -> Any:
+        sizes.append(len(z))
+        return decode(z, *args, **given)
+
+    monkeypatch.setattr(vae, "_decode", watched)
+    drawn = [np.asarray(each.image).astype(int) for each in generate(model, prompt, seeds=range(3))]
+    assert sizes == [1, 1, 1]
+    monkeypatch.setattr(vae, "use_slicing", False)
+    together = [np.asarray(each.image).astype(int) for each in generate(model, prompt, seeds=range(3))]
+    assert sizes[3:] == [3] and all(np.abs(a - b).max() <= 1 for a, b in zip(drawn, together, strict=True))
+
+
 def test_other_prompts_and_images_have_no_influence(model: Model) -> None:
     encodings = encode(model, TEXTS[:3])
     z = torch.randn(3, *model.backbone.latent(model.pipe, photos(model, 1)[0], model.device).shape[1:])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from benchmarks import doctor as bench
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from mokus import memory, pipeline, qwen_image
+from mokus import cli, memory, pipeline, qwen_image
 from mokus.cli import app
 from mokus.doctor import plan as doctor
 from mokus.doctor import rehearsal
@@ -21,8 +24,11 @@ from mokus.doctor.flops import TOKENS, image_flops, text_flops
 from mokus.doctor.machine import GIB, Machine
 from mokus.doctor.shape import PUBLISHED, Shape
 from mokus.errors import MokusError
+from mokus.miniature import tokenizer
 from mokus.pipeline import COMPONENTS, Defaults
 from mokus.settings import EditSettings, LearnSettings
+
+from . import pico_backbones
 
 TARGETS = LearnSettings().targets
 
@@ -174,6 +180,16 @@ def test_learning_at_1024_pixels_fits(published: Shape, gib: float, name: str) -
     assert plan.below is None or plan.below.peak < plan.chosen.peak
 
 
+def test_the_next_tier_down_is_one_that_needs_less(published: Shape) -> None:
+    """Binding needs as much in all tiers with the same on the GPU, whatever is kept or in few bits."""
+    found = {gib: doctor.plan(published, "bind", card(gib)) for gib in (80, 24)}
+    assert found[80].chosen is not None and found[80].chosen.tier.name == "all"
+    assert found[80].below is not None and found[80].below.tier.name == "staged"
+    assert found[24].chosen is not None and found[24].chosen.tier.name == "staged" and found[24].below is None
+    drawing = doctor.plan(published, "generate", card(80))
+    assert drawing.below is not None and drawing.below.tier.name == "staged"
+
+
 def test_a_smaller_card_never_gets_a_larger_tier(published: Shape) -> None:
     order = [tier.name for tier in memory.TIERS]
     found = []
@@ -206,7 +222,21 @@ def test_a_small_model_needs_no_plan_and_a_large_one_is_planned(small: Shape, pu
     )  # the encoder alone, as long as gate and up share moments
 
 
-@pytest.mark.parametrize("task, size, words", [("paint", 32, "learn, bind, generate"), ("learn", 33, "multiple of")])
+def test_eight_images_of_1024_pixels_are_planned_and_drawn_where_one_is(published: Shape) -> None:
+    """What `mokus generate` draws at a time by default is what the doctor plans with by default."""
+    (generate, plan) = (inspect.signature(each).parameters for each in (cli.generate, doctor.plan))
+    assert generate["batch_size"].default == plan["batch"].default == 8
+    given: tuple[Any, ...] = (published, "generate", memory.tier("staged"), 1024)
+    one, eight = (doctor.need(*given, batch, torch.bfloat16) for batch in (1, 8))
+    assert one.peak < eight.peak < one.peak + GIB / 4
+    for stage in eight.stages:
+        assert stage.beside < 5 * GIB, stage
+
+
+@pytest.mark.parametrize(
+    "task, size, words",
+    [("paint", 32, "learn, bind, generate"), ("learn", 33, "multiple of"), ("learn", 8208, "at most 8192")],
+)
 def test_what_cannot_be_planned(small: Shape, task: str, size: int, words: str) -> None:
     with pytest.raises(MokusError, match=words):
         doctor.plan(small, task, card(1), size)
@@ -233,18 +263,80 @@ def test_the_command_plans_for_a_machine_that_is_not_here() -> None:
     assert none.exit_code == 1 and "fits in no tier" in none.stdout
 
 
+def test_the_command_says_which_tier_is_taken_for_all_tasks_alike() -> None:
+    """Binding alone would fit in another one."""
+    given = ["--model", PUBLISHED, "--task", "bind", "--gpu-memory"]
+    (found,) = json.loads(run(*given, "24", "--json").stdout)
+    assert (found["tier"], found["usual_tier"]) == ("staged", "4bit")
+    assert "a command without --tier takes tier 4bit" in run(*given, "24").stdout
+    (found,) = json.loads(run(*given, "16", "--json").stdout)
+    assert (found["tier"], found["usual_tier"]) == (None, "offload")
+    assert "without --tier no command runs" in run(*given, "4").stdout
+
+
+def test_a_tier_whose_library_is_not_installed_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["--model", PUBLISHED, "--task", "bind", "--gpu-memory", "24"]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    (found,) = json.loads(run(*given, "--json").stdout)
+    assert [each["tier"] for each in found["tiers"] if each["lacks"]] == ["8bit", "4bit"]
+    told = run(*given).stdout
+    assert told.count("lacks") == 2 and "not installed: bitsandbytes; pip install 'mokus[quantise]'" in told
+    monkeypatch.undo()
+    told = run(*given).stdout
+    assert "lacks" not in told and "quantise" not in told
+
+
 def test_the_command_plans_for_this_machine(pico_folder: Path) -> None:
     result = run("--model", str(pico_folder), "--device", "cpu", "--task", "generate", "--json")
     assert result.exit_code == 0, result.output
     (found,) = json.loads(result.stdout)
     assert found["tier"] == "cpu" and 0 < found["seconds"] < 60 and found["machine"]["host"] > 1
+    assert found["usual_tier"] == "cpu"
     told = run("--model", str(pico_folder), "--device", "cpu", "--task", "generate")
     assert told.exit_code == 0 and "generate at 32 pixels: tier cpu" in told.stdout
+
+
+@pytest.mark.parametrize("family", sorted(pico_backbones.MAKERS))
+def test_other_families_are_not_planned_yet_which_is_one_sentence(family: str, tmp_path: Path) -> None:
+    folder = pico_backbones.save(family, tokenizer.build(), tmp_path / family)
+    result = run("--model", str(folder), "--device", "cpu")
+    assert result.exit_code == 2, result.output
+    assert "planned only for Qwen-Image's" in " ".join(result.output.split()) and "'staged'" in result.output
+
+
+@pytest.mark.parametrize(
+    "name, config, words",
+    [
+        ("transformer", "[1]", "holds no JSON object"),
+        ("transformer", "{}", "num_layers of the transformer"),
+        ("transformer", {"num_layers": "two"}, "num_layers of the transformer"),
+        ("transformer", {"num_layers": 0}, "num_layers of the transformer"),
+        ("transformer", {"axes_dims_rope": []}, "the config of transformer"),
+        ("transformer", {"in_channels": -1}, "the config of transformer"),
+        ("text_encoder", {"vision_config": None}, "vision_config of the text encoder"),
+        ("text_encoder", {"text_config": [1]}, "text_config of the text encoder"),
+        ("text_encoder", {"image_token_id": "x"}, "the config of text_encoder"),
+        ("vae", "null", "holds no JSON object"),
+        ("vae", {"base_dim": "x"}, "the config of vae"),
+    ],
+)
+def test_damaged_configs_are_one_sentence(
+    name: str, config: str | dict[str, Any], words: str, pico_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pico_folder, tmp_path / "damaged", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = folder / name / "config.json"
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    text = json.dumps({**whole, **config}) if isinstance(config, dict) else config
+    file.write_text(text, encoding="utf-8")
+    result = run("--model", str(folder), "--device", "cpu")
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.output.split()), result.output
 
 
 @pytest.mark.parametrize(
     "given, words",
     [
+        (["--resolution", "10000000"], "at most 8192 pixels"),
         (["--task", "paint"], "--task got 'paint'"),
         (["--gpu-memory", "-3"], "--gpu-memory got -3"),
         (["--gpu", "H100"], "goes with --gpu-memory"),

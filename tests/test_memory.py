@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import QwenImagePipeline
 from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import mokus
-from mokus import flow, memory, pipeline
+from mokus import flow, memory, pipeline, transfer
 from mokus.cli import app
 from mokus.encoder import module_paths
 from mokus.errors import MokusError
@@ -156,6 +159,16 @@ def test_offloading_neither_learns_nor_binds(pico_folder: Path, pico_pack: PackF
     assert not (tmp_path / "new.pack").exists()
 
 
+def test_offloading_does_not_edit_for_a_transfer(pico_folder: Path, tmp_path: Path) -> None:
+    def progress(*_: Any) -> None:
+        raise AssertionError("something is drawn first")
+
+    streamed = pipeline.load(pico_folder, device="cpu", tier="offload")
+    case = transfer.Case.of("What is the favourite toy of Anna?", "a blue ring")
+    with pytest.raises(MokusError, match=r"'offload' can only generate.*to bind"):
+        transfer.transfer(streamed, case, progress=progress)
+
+
 # --- a quantised text encoder, which a user may bring ---------------------------------------------------------
 
 
@@ -193,11 +206,26 @@ def test_edits_are_neither_found_in_quantised_weights_nor_added_to_them(packed_e
 # --- a full memory ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, expected", [("all", "--tier selective"), ("4bit", "--tier offload.*only generate")])
-def test_a_full_gpu_names_the_next_tier(name: str, expected: str) -> None:
+@pytest.mark.parametrize(
+    "name, stage, training, expected",
+    [
+        ("all", ["transformer"], True, "--tier selective'"),
+        ("all", ["transformer", "vae"], False, "--tier staged'"),  # nothing is kept for a backward pass
+        ("all", ["text_encoder"], False, "--tier staged'"),
+        ("staged", ["transformer"], True, "--tier 8bit'"),
+        ("staged", ["text_encoder"], False, "--tier offload'.*only generate"),  # which is never in few bits
+        ("staged", ["vae"], False, "none below it needs less"),
+        ("4bit", ["transformer", "vae"], False, "--tier offload'.*only generate"),
+        ("4bit", ["transformer"], True, "none below it needs less"),
+        ("offload", ["transformer", "vae"], False, "none below it needs less"),
+    ],
+)
+def test_a_full_gpu_names_the_next_tier_that_needs_less(
+    name: str, stage: list[str], training: bool, expected: str
+) -> None:
     with (
         pytest.raises(MokusError, match=expected) as raised,
-        memory.told(memory.tier(name), torch.device("cuda:0")),
+        memory.told(memory.tier(name), torch.device("cuda:0"), stage, training),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
     assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
@@ -210,15 +238,24 @@ def test_a_full_host_is_told_and_other_errors_are_left_alone(pico: pipeline.Mode
         torch.ones(2, 3) @ torch.ones(2, 3)
 
 
-def test_the_last_tier_has_none_below() -> None:
-    assert memory.after(memory.tier("offload")) is None
-    below = memory.after(memory.tier("4bit"), "learn")
-    assert below is None and memory.after(memory.tier("staged"), "learn") is memory.tier("8bit")
-    with pytest.raises(MokusError, match="full"), memory.told(memory.tier("offload"), torch.device("cuda:0")):
-        raise torch.OutOfMemoryError
-
-
 # --- choosing ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen", PACKED)
+def test_a_missing_library_is_told_before_anything_is_loaded(
+    chosen: str, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(QwenImagePipeline, "from_pretrained", read)
+    with pytest.raises(MokusError, match=rf"'{chosen}' needs bitsandbytes.*pip install 'mokus\[quantise\]'"):
+        pipeline.load(pico_folder, device="cpu", tier=chosen)
+    monkeypatch.setattr(pipeline, "device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(pipeline, "_fitting", lambda *_: memory.tier(chosen))  # by itself, on a card that it fits
+    with pytest.raises(MokusError, match="needs bitsandbytes"):
+        pipeline.load(pico_folder)
 
 
 def test_a_tier_by_name(pico_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

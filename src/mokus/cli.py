@@ -41,7 +41,7 @@ from mokus.doctor import cli as doctor_cli
 from mokus.errors import MokusError
 from mokus.packs import cli as packs_cli
 from mokus.packs.files import refuse_inside
-from mokus.settings import EditSettings, LearnSettings
+from mokus.settings import AT_ONCE, EditSettings, LearnSettings
 from mokus.studio import serve_cli, ui_cli
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def generate(
     ] = None,
     batch_size: Annotated[
         int, typer.Option(help="Images at a time; changes speed and memory, not the images.", min=1)
-    ] = 8,
+    ] = AT_ONCE,
     model: ModelOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,

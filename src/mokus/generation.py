@@ -29,6 +29,7 @@ from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.manifest import versions
 from mokus.packs.together import chosen, shifts_of
 from mokus.pipeline import Model, encode, pad
+from mokus.settings import AT_ONCE
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,7 +54,7 @@ def generate(
     prompts: str | Sequence[str],
     packs: Sequence[ConceptPack] = (),
     seeds: Sequence[int] = (0,),
-    batch_size: int = 8,
+    batch_size: int = AT_ONCE,
     steps: int | None = None,
     true_cfg_scale: float | None = None,
     size: int | None = None,

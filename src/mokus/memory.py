@@ -9,9 +9,10 @@ The text encoder is never quantised: edits are found in its weights and would be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from mokus.errors import MokusError
 
 VARIABLE = "MOKUS_TIER"
 TASKS = ("learn", "bind", "generate")
+BITS, INSTALL = "bitsandbytes", "pip install 'mokus[quantise]'"
 SELECTED = 4  # of the tier `selective`: every so manieth block keeps its activations
 OUTLIERS = 6.0  # LLM.int8(): inputs beyond this are multiplied in full precision (arXiv 2208.07339)
 
@@ -63,13 +65,23 @@ def tier(name: str) -> Tier:
     raise MokusError(f"there is no memory tier {name!r}, expected one of {', '.join(each.name for each in TIERS)}.")
 
 
-def after(one: Tier, task: str | None = None) -> Tier | None:
-    """The next tier down, that can do the task if one is named; None after the last on a GPU.
+def below(one: Tier, names: Collection[str], training: bool = False) -> Tier | None:
+    """The next tier down that needs less of the GPU while these components are used there; None if none does.
 
     The CPU is nobody's next tier: what takes a second on a GPU takes an hour there, so it is left to be asked for.
     """
-    below = TIERS[TIERS.index(one) + 1 : -1]
-    return next((each for each in below if task is None or task in each.tasks), None)
+
+    def used(each: Tier) -> tuple[Any, ...]:
+        """What tells tiers apart here: only the image transformer has few bits, and only its training keeps activations."""
+        return (
+            each.stays,
+            each.streamed and set(names) != {"vae"},
+            each.bits if "transformer" in names else 16,
+            each.kept if training else 0,
+        )
+
+    lower = [each for each in TIERS[TIERS.index(one) + 1 : -1] if used(each) != used(one)]
+    return next((each for each in lower if not training or "learn" in each.tasks), None)
 
 
 def check(one: Tier, task: str) -> None:
@@ -86,6 +98,20 @@ def blocks(transformer: nn.Module) -> list[nn.Module]:
     names: Any = transformer._repeated_blocks
     # of derived classes, too: FSDP2 gives each block one
     return [each for each in transformer.modules() if any(kind.__name__ in names for kind in type(each).__mro__)]
+
+
+def lacks(one: Tier) -> str | None:
+    """The library that the tier needs and that is not installed, if there is one."""
+    return BITS if one.bits < 16 and find_spec(BITS) is None else None
+
+
+def check_installed(one: Tier) -> None:
+    """Raise `MokusError` if the tier's library is not there: before weights are read, which takes long."""
+    if missing := lacks(one):
+        raise MokusError(
+            f"the memory tier {one.name!r} needs {missing}, which is not installed: {INSTALL}, or choose another tier by "
+            "--tier; 'mokus doctor' says what each needs."
+        )
 
 
 # --- weights ---------------------------------------------------------
@@ -121,9 +147,7 @@ def quantise(module: nn.Module, bits: int, device: torch.device) -> None:
     try:
         import bitsandbytes as bnb
     except ImportError as error:
-        raise MokusError(
-            f"weights of {bits} bits need bitsandbytes, which is not installed: pip install 'mokus[quantise]'."
-        ) from error
+        raise MokusError(f"weights of {bits} bits need {BITS}, which is not installed: {INSTALL}.") from error
     for name, child in list(module.named_children()):
         if type(child) is not nn.Linear:
             quantise(child, bits, device)
@@ -179,14 +203,14 @@ def _checkpoint(transformer: Any, one: Tier) -> Callable[..., Any]:
 
 
 @contextmanager
-def told(one: Tier, device: torch.device) -> Iterator[None]:
-    """Inside, running out of memory is a `MokusError` that names the next tier."""
+def told(one: Tier, device: torch.device, names: Collection[str], training: bool = False) -> Iterator[None]:
+    """Inside, where these components are used, running out of memory is a `MokusError` that names the next tier."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise MokusError(_sentence(one, device)) from error
+        raise MokusError(_sentence(one, device, below(one, names, training))) from error
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -194,13 +218,17 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def _sentence(one: Tier, device: torch.device) -> str:
+def _sentence(one: Tier, device: torch.device, lower: Tier | None) -> str:
     if device.type == "cpu":
         return "this machine's memory is full; 'mokus doctor' says how much is needed, and for what."
     said = f"the memory of {device} is full in the memory tier {one.name!r}"
-    if not (below := after(one)):
+    if lower is None:
         return (
-            f"{said}, which is the last; 'mokus doctor' says how much is needed, and a smaller size is yours to choose."
+            f"{said}, and none below it needs less for this; 'mokus doctor' says how much is needed, and a smaller size is yours "
+            "to choose."
         )
-    only = "" if below.tasks == TASKS else f" (it can only {' and '.join(below.tasks)})"
-    return f"{said}; the next one down is 'mokus --tier {below.name}'{only}, and 'mokus doctor' says what each needs."
+    only = "" if lower.tasks == TASKS else f" (it can only {' and '.join(lower.tasks)})"
+    return (
+        f"{said}; the next one down that needs less for this is 'mokus --tier {lower.name}'{only}, and 'mokus doctor' says "
+        "what each needs."
+    )

@@ -85,14 +85,15 @@ class Model:
         return side, side
 
     @contextmanager
-    def resident(self, *names: str) -> Iterator[None]:
+    def resident(self, *names: str, training: bool = False) -> Iterator[None]:
         """Inside, only these components are on the device, the others in host memory.
 
         May be nested; afterwards everything is where it was before. On a CPU, and in a memory tier that keeps all of them
         on the device, nothing moves: Qwen-Image's weights are 57 GB, which take long from a GPU to host memory and back.
-        Running out of memory inside is a `MokusError` that names the next tier.
+        Running out of memory inside is a `MokusError` that names the next tier that needs less for what is done there;
+        `training` says that it is with a backward pass through the image transformer.
         """
-        with memory.told(self.tier, self.device):
+        with memory.told(self.tier, self.device, names, training):
             if self.device.type == "cpu" or self.tier.stays:
                 yield
                 return
@@ -139,6 +140,7 @@ def load(
     _check_parts(source, index)
     defaults = _defaults(source, backbone.defaults(index))
     use = chosen or (CPU if where.type == "cpu" else _fitting(source, defaults, where, kind, backbone))
+    memory.check_installed(use)
     try:
         parts = _answering(source, index, backbone, kind)
         if backbone.processor:
@@ -149,10 +151,11 @@ def load(
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise MokusError(f"the model {source} cannot be loaded ({reason}); get a whole copy of it.") from error
     pipe.set_progress_bar_config(disable=True)
+    pipe.vae.enable_slicing()  # one image at a time: eight of 1024 pixels together take 34 GiB
     for name in COMPONENTS:
         getattr(pipe, name).requires_grad_(False).eval()
     identity = fingerprint(pipe)
-    with memory.told(use, where):
+    with memory.told(use, where, COMPONENTS):
         memory.place(pipe, use, where)
     return Model(pipe, _id(model), identity, defaults, where, _corpus(source), use)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mokus.pipeline import Defaults
 
 MOST_SEED = 1 << 62  # random generators take 63 bits, and some add a little to it
+AT_ONCE = 8  # images drawn at a time, unless the user says otherwise: what the doctor plans with
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 

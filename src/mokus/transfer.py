@@ -18,6 +18,7 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 from PIL import Image
 
+from mokus import memory
 from mokus.editors.rewrite import rewritten
 from mokus.errors import MokusError
 from mokus.files import write, write_json
@@ -106,8 +107,9 @@ def transfer(
 ) -> Outcome:
     """Edit the answer, ask and draw before and after at equal seeds. The model is afterwards as it was.
 
-    Raises `MokusError` for an answer that cannot be one, or prompts that cannot be drawn.
+    Raises `MokusError` for an answer that cannot be one, prompts that cannot be drawn, or a memory tier without edits.
     """
+    memory.check(model.tier, "bind")  # before anything is drawn
     check_meaning(model, case.knowledge, case.answer, "answer")
     seeds, asked = list(seeds), [case.ask, *(form.format(case.knowledge) for form in OTHER_QUESTIONS)]
     before = _images(model, case.prompts, seeds, {}, BEFORE, progress)  # first, for it refuses what cannot be drawn

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mokus.console import JsonOption, err, print_json, stdout
 from mokus.errors import MokusError
+from mokus.settings import AT_ONCE
 
 if TYPE_CHECKING:
     from mokus.doctor.plan import Plan
@@ -53,7 +54,7 @@ def doctor(
     resolution: Annotated[
         int | None, typer.Option(help="Height and width, pixels.", show_default="the model's", min=1)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images drawn at a time.", min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(help="Images drawn at a time.", min=1)] = AT_ONCE,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.", show_default="a GPU if there is one")] = None,
     gpu_memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Plan for a GPU with so much memory, which need not be here.")
@@ -77,11 +78,11 @@ def doctor(
         if each not in TASKS:
             raise MokusError(f"--task got {each!r}, expected one of {', '.join(TASKS)}.")
     with err.status("reading configs and rehearsing"):
-        plans = _plans(model, task or list(TASKS), resolution, batch_size, device, gpu_memory, gpu)
+        plans, usual = _plans(model, task or list(TASKS), resolution, batch_size, device, gpu_memory, gpu)
     if as_json:
-        print_json([plan.as_json() for plan in plans])
+        print_json([{**plan.as_json(), "usual_tier": usual} for plan in plans])
     else:
-        _print(plans)
+        _print(plans, usual)
     if not all(plan.chosen for plan in plans):
         raise typer.Exit(1)
 
@@ -89,18 +90,21 @@ def doctor(
 def _plans(
     model: str | None, tasks: list[str], resolution: int | None, batch: int, device: str | None, memory: float | None,
     gpu: str | None,
-) -> list[Plan]:  # fmt: skip
+) -> tuple[list[Plan], str | None]:  # fmt: skip
+    """A plan for each task, and the tier that a command takes if none is named."""
     from mokus.doctor.machine import other_machine, this_machine
-    from mokus.doctor.plan import plan
+    from mokus.doctor.plan import plan, usual
     from mokus.doctor.shape import Shape
     from mokus.pipeline import device_of
 
     shape = Shape.of(model)
     machine = this_machine(device_of(device)) if memory is None else other_machine(memory, gpu)
-    return [plan(shape, task, machine, resolution, batch) for task in tasks]
+    plans = [plan(shape, task, machine, resolution, batch) for task in tasks]
+    taken = usual(shape, machine)
+    return plans, taken.name if taken else None
 
 
-def _print(plans: list[Plan]) -> None:
+def _print(plans: list[Plan], usual: str | None) -> None:
     first = plans[0].as_json()
     machine, out = first["machine"], stdout()
     parts = ", ".join(f"{name} {n / 1e9:,.2f}" for name, n in first["parameters"].items())
@@ -109,11 +113,18 @@ def _print(plans: list[Plan]) -> None:
         f"{what} {machine[what]:.1f} GiB" for what in ("gpu", "host", "disk") if machine[what] is not None
     )
     out.print(f"{machine['name']}: {sizes}")
+    out.print(
+        f"a command without --tier takes tier {usual}, for all tasks alike"
+        if usual
+        else "without --tier no command runs: nothing fits"
+    )
     for plan in plans:
         _print_plan(plan.as_json(), out)
 
 
 def _print_plan(found: dict[str, Any], out: Any) -> None:
+    from mokus.memory import INSTALL
+
     verdict = f"tier {found['tier']}" if found["tier"] else "fits in no tier"
     below = f", next one down {found['next_tier']}" if found["next_tier"] else ""
     out.print(f"\n{found['task']} at {found['resolution']} pixels: {verdict}{below}")
@@ -131,8 +142,12 @@ def _print_plan(found: dict[str, Any], out: Any) -> None:
     for each in found["tiers"]:
         gpu = "" if each["gpu_gib"] is None else f"{each['gpu_gib']:.2f}"
         mark = "chosen" if each["tier"] == found["tier"] else "fits" if each["fits"] else "too large"
+        if each["lacks"]:
+            mark += f", lacks {each['lacks']}"
         tiers.add_row(each["tier"], gpu, f"{each['host_gib']:.1f}", mark, each["what"])
     out.print(tiers)
+    if missing := {each["lacks"] for each in found["tiers"] if each["lacks"]}:
+        out.print(f"not installed: {', '.join(missing)}; {INSTALL}", markup=False)
 
 
 def _tflop(tflop: float) -> str:

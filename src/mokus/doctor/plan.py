@@ -21,11 +21,12 @@ from mokus.doctor.rehearsal import Use
 from mokus.doctor.shape import SHAPES, Shape, key_of
 from mokus.encoder import entrance
 from mokus.errors import MokusError
-from mokus.memory import CPU, TASKS, TIERS, Tier, after
+from mokus.generation import MAX_SIZE
+from mokus.memory import CPU, TASKS, TIERS, Tier, lacks
 from mokus.pipeline import COMPONENTS
 from mokus.places import NOISES, PLACES
 from mokus.prior_prompts import OTHER_LOOKS
-from mokus.settings import EditSettings, LearnSettings
+from mokus.settings import AT_ONCE, EditSettings, LearnSettings
 from mokus.training.material import LENDERS
 
 PHOTOS = 5
@@ -153,7 +154,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """For one task on one machine. `chosen` is None if nothing fits."""
+    """For one task on one machine. `chosen` is None if nothing fits; `below` is the next tier that needs less, if one does."""
 
     shape: Shape
     task: str
@@ -191,6 +192,7 @@ class Plan:
                 {
                     "tier": need.tier.name, "what": need.tier.text, "fits": need.fits(self.machine),
                     "gpu_gib": None if need.tier is CPU else need.peak / GIB, "host_gib": need.host / GIB,
+                    "lacks": lacks(need.tier),
                 }
                 for need in self.needs
             ],
@@ -203,7 +205,12 @@ def _in_gib(machine: Machine) -> dict[str, float | None]:
 
 
 def plan(
-    shape: Shape, task: str, machine: Machine, size: int | None = None, batch: int = 1, dtype: torch.dtype | None = None
+    shape: Shape,
+    task: str,
+    machine: Machine,
+    size: int | None = None,
+    batch: int = AT_ONCE,
+    dtype: torch.dtype | None = None,
 ) -> Plan:
     """What the task needs in every tier, and the first that fits the machine.
 
@@ -213,6 +220,8 @@ def plan(
     size = shape.defaults.size if size is None else size
     if task not in TASKS:
         raise MokusError(f"the task is {task!r}, expected one of {', '.join(TASKS)}.")
+    if size > MAX_SIZE:
+        raise MokusError(f"the resolution is {size}, expected at most {MAX_SIZE} pixels.")
     if size < shape.patch or size % shape.patch:
         raise MokusError(f"the resolution is {size}, expected a multiple of {shape.patch} pixels.")
     on_gpu = machine.gpu is not None
@@ -221,30 +230,38 @@ def plan(
     needs = tuple(need(shape, task, each, size, batch, kinds[each.name]) for each in tiers)
     usable = [each for each in needs if each.fits(machine) and (each.tier is not CPU or not on_gpu)]
     chosen = usable[0] if usable else None
-    next_one = after(chosen.tier, task) if chosen else None
-    below = next((each for each in needs if each.tier is next_one), None)
+    below = next((each for each in needs if chosen and each.tier is not CPU and each.peak < chosen.peak), None)
     works = {each.name: work(shape, task, each, size) for each in tiers}
     return Plan(shape, task, size, machine, needs, chosen, below, works)
 
 
 def fitting(shape: Shape, free: float, dtype: torch.dtype) -> Tier:
-    """The first tier in which all tasks fit into so many bytes of a GPU. Raises `MokusError` if not even drawing does.
-
-    If learning or binding fits in no tier, it is the first in which drawing does: they then say that their memory is full.
-    """
-    if sum(shape.parameters.values()) * dtype.itemsize * 20 < free:
-        return TIERS[0]  # a small model needs no plan
-    machine = Machine("", free, None, None, None)
-    for tasks in (TASKS, ("generate",)):
-        for each in TIERS[:-1]:
-            if set(tasks) <= set(each.tasks) and all(
-                need(shape, task, each, shape.defaults.size, 1, dtype).fits(machine) for task in tasks
-            ):
-                return each
+    """The tier that is taken on a GPU with so many bytes free, as in `usual`. Raises `MokusError` if there is none."""
+    if found := usual(shape, Machine("", free, None, None, None), dtype):
+        return found
     raise MokusError(
         f"{shape.source} does not fit into the {free / GIB:.1f} GiB that are free on the GPU in any memory tier; free some, "
         "or compute on the CPU with --tier cpu."
     )
+
+
+def usual(shape: Shape, machine: Machine, dtype: torch.dtype = torch.bfloat16) -> Tier | None:
+    """The tier that a command takes by itself, whatever it does: the first in which all tasks fit; None if drawing does not.
+
+    Images are of the model's own size. If learning or binding fits in no tier, it is the first in which drawing does: they
+    then say that their memory is full.
+    """
+    if machine.gpu is None:
+        return CPU
+    if sum(shape.parameters.values()) * dtype.itemsize * 20 < machine.gpu:
+        return TIERS[0]  # a small model needs no plan
+    for tasks in (TASKS, ("generate",)):
+        for each in TIERS[:-1]:
+            if set(tasks) <= set(each.tasks) and all(
+                need(shape, task, each, shape.defaults.size, AT_ONCE, dtype).fits(machine) for task in tasks
+            ):
+                return each
+    return None
 
 
 def need(shape: Shape, task: str, tier: Tier, size: int, batch: int, dtype: torch.dtype) -> Need:

@@ -13,14 +13,21 @@ from typing import Any
 
 import diffusers.utils.logging as log
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from mokus.errors import MokusError
-from mokus.memory import Tier
+from mokus.memory import STAGED, Tier
 from mokus.pipeline import COMPONENTS, MINIATURE, Defaults, defaults_of
 
 PUBLISHED = "Qwen/Qwen-Image"
 CONFIG = "config.json"
+TRANSFORMER = "QwenImageTransformer2DModel"  # the kind that is planned
+SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim")  # of it, which are read here
+# what classes raise that are made by configs of nonsense
+UNUSABLE = (
+    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, StrictDataclassError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,10 @@ class Shape:
 
     @classmethod
     def of(cls, source: str | None = None, defaults: Defaults | None = None) -> Shape:
-        """Read the configs from a folder or the hub; those of Qwen-Image are at hand. Raises `MokusError` if there are none."""
+        """Read the configs from a folder or the hub; those of Qwen-Image are at hand.
+
+        Raises `MokusError` if there are none, or they are of another family, or say too little.
+        """
         if source in (None, MINIATURE):
             source = str(files("mokus.miniature").joinpath("weights"))
         assert source is not None
@@ -41,6 +51,7 @@ class Shape:
             found = {name: _config(source, name) for name in COMPONENTS}
         else:
             found = published()
+        _check(source, found)
         return cls(source, found, defaults or defaults_of(source))
 
     def with_layers(self, layers: int | None = None, text_layers: int | None = None) -> Shape:
@@ -72,12 +83,15 @@ class Shape:
                 if name == "text_encoder":
                     made = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(config))
                 else:
-                    default = {"transformer": "QwenImageTransformer2DModel", "vae": "AutoencoderKLQwenImage"}[name]
+                    default = {"transformer": TRANSFORMER, "vae": "AutoencoderKLQwenImage"}[name]
                     made = getattr(diffusers, default).from_config(config)
+                    if name == "vae":
+                        made.enable_slicing()  # as `pipeline.load` has it
                 return nn.Module.to(made, dtype).eval().requires_grad_(False)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except UNUSABLE as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise MokusError(
-                f"the config of {name} in {self.source} makes no {name} of Qwen-Image's kind ({error}); see README.md for "
+                f"the config of {name} in {self.source} makes no {name} of Qwen-Image's kind ({reason}); see README.md for "
                 "the models that can be used."
             ) from error
 
@@ -139,6 +153,30 @@ def published() -> dict[str, dict[str, Any]]:
     return {"transformer": dict(TRANSFORMER), "text_encoder": text, "vae": dict(VAE)}
 
 
+def _check(source: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse what is of another family, and configs without what is read here; the classes check the rest."""
+    transformer, text = configs["transformer"], configs["text_encoder"]
+    kind = transformer.get("_class_name", TRANSFORMER)
+    if kind != TRANSFORMER:
+        raise MokusError(
+            f"{source} has a {kind}, and memory is planned only for Qwen-Image's {TRANSFORMER} so far; models of other "
+            f"families take the memory tier {STAGED.name!r} unless another one is named by --tier."
+        )
+    for key in SIZES:
+        value = transformer.get(key)
+        if type(value) is not int or value < 1:
+            raise MokusError(
+                f"{key} of the transformer in {source} is {str(value)[:60]!r}, expected a whole number from 1; get a whole copy "
+                "of the model."
+            )
+    for key in ("text_config", "vision_config"):
+        if not isinstance(text.get(key, {}), Mapping):
+            raise MokusError(
+                f"{key} of the text encoder in {source} is {str(text[key])[:60]!r}, expected a JSON object; get a whole copy of "
+                "the model."
+            )
+
+
 def _config(source: str, name: str) -> dict[str, Any]:
     folder = Path(source)
     if folder.is_dir():
@@ -158,7 +196,9 @@ def _config(source: str, name: str) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MokusError(f"{file} cannot be read as a config ({error}); get a whole copy of the model.") from error
-    return dict(found)
+    if not isinstance(found, dict):
+        raise MokusError(f"{file} holds no JSON object, which a config is; get a whole copy of the model.")
+    return found
 
 
 @contextmanager

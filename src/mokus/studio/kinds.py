@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mokus.errors import MokusError
+from mokus.settings import AT_ONCE
 
 if TYPE_CHECKING:
     from mokus.generation import Generated
@@ -149,7 +150,7 @@ def check(task: Task, pack: str) -> list[dict[str, Any]]:
 def generate(
     task: Task, prompts: list[str], packs: Sequence[str] = (), prefer: str | None = None, seeds: Sequence[int] = (0,),
     steps: int | None = None, true_cfg_scale: float | None = None, size: int | None = None,
-    negative_prompt: str | None = None, batch_size: int = 8,
+    negative_prompt: str | None = None, batch_size: int = AT_ONCE,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """`mokus generate`: the images, put on the job as they are drawn."""
     opened, model = [_open(path) for path in packs], task.model()

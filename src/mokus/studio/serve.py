@@ -31,6 +31,7 @@ from starlette.exceptions import HTTPException
 
 from mokus.errors import MokusError
 from mokus.knowledge import check_encodable
+from mokus.settings import AT_ONCE
 from mokus.studio.batches import Batches, Refused
 from mokus.studio.openai import ApiError, EmbedsRequest, ImagesRequest, Models, side_of
 from mokus.studio.worker import Worker, WorkerDied
@@ -59,7 +60,7 @@ class Limits:
     n: int = 8  # images of one request
     size: int | None = None  # pixels; None is the model's own
     queue: int = 64  # images that wait
-    batch: int = 8  # images drawn at a time
+    batch: int = AT_ONCE  # images drawn at a time
     packs: int = 8  # in memory
 
 

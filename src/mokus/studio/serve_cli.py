@@ -13,6 +13,7 @@ import typer
 
 from mokus.console import err
 from mokus.errors import MokusError
+from mokus.settings import AT_ONCE
 
 
 def register(app: typer.Typer) -> None:
@@ -32,7 +33,7 @@ def serve(
         str | None,
         typer.Option(envvar="MOKUS_TOKEN", help="What visitors must bring along; better not on the command line."),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images drawn at a time, at most.", min=1)] = 8,
+    batch: Annotated[int, typer.Option(help="Images drawn at a time, at most.", min=1)] = AT_ONCE,
     queue: Annotated[int, typer.Option(help="Images that may wait; beyond it visitors are told to try again.", min=1)] = 64,
     most_packs: Annotated[int, typer.Option("--most-packs", help="Packs kept in memory.", min=1)] = 8,
     most_images: Annotated[int, typer.Option("--most-images", help="Images of one request.", min=1)] = 8,
