@@ -396,6 +396,18 @@ def test_a_closed_page_finds_what_runs(site: Site) -> None:
     assert "1 waiting" in site.get("/jobs/running")
 
 
+@pytest.mark.parametrize("over", [False, True])
+def test_a_long_text_is_cut_in_titles(site: Site, over: bool) -> None:
+    long = "a very long prompt " * 200
+    job = site.worker.submit("compare", prompts=[long, "a star"], packs=[], seeds=[0])
+    if over:
+        site.worker.kept.put(job.id, state="stopped")
+    page = site.get("/jobs")
+    assert page.count(long) == 1 and f'title="Draw “{long}” and 1 more"' in page  # the whole of it where one points
+    assert re.search(r">Draw “a very long prompt [^<”]{40,50}…” and 1 more<", page)
+    assert "title=" not in site.get(f"/jobs/{site.worker.submit('ask', question='Which?', packs=[]).id}")
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.2, "1 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (9000, "2.5 h")]
 )
