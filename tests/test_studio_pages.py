@@ -31,7 +31,7 @@ from mokus.pipeline import Defaults
 from mokus.settings import EditSettings, LearnSettings
 from mokus.studio import bench_tab, settings_form
 from mokus.studio.draw_tab import seeds_text
-from mokus.studio.home import Home
+from mokus.studio.home import MOST_PHOTOS, Home
 from mokus.studio.jobs import STATES, Job, Jobs
 from mokus.studio.page import Studio
 from mokus.studio.ui import ADDRESS, build
@@ -271,6 +271,14 @@ def test_a_file_that_is_no_photo_leaves_the_others(site: Site) -> None:
     assert (
         answer.status_code == 422 and "bad.jpg cannot be read" in answer.text and "photo 1 as the model" in answer.text
     )
+
+
+def test_too_many_photos_are_refused_on_the_page(site: Site) -> None:
+    sent = [("files", (f"{i}.png", b"no")) for i in range(MOST_PHOTOS + 1)]
+    answer = site.client.post("/learn/photos", files=sent, data={"photos": ""})
+    assert answer.status_code == 422 and "Choose photos" in answer.text
+    assert f"at most {MOST_PHOTOS} photos here" in answer.text
+    assert list(site.home.photos_folder.iterdir()) == []
 
 
 # --- know ---------------------------------------------------------

@@ -25,6 +25,7 @@ from mokus.photos import MIN_SIDE, SUFFIXES, TURNS, load_photos, upright
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SUFFIX = ".pack"
 MOST_PHOTOS = 100  # in one set
+TOO_MANY = f"a concept is learned from at most {MOST_PHOTOS} photos here; take some away."
 LARGEST_PHOTO = 64 << 20  # bytes
 _SEEN = ".seen"  # hidden, so that `load_photos` passes it over
 _WHOLE_SIDE = 192  # pixels
@@ -133,7 +134,7 @@ class Home:
         there = len(list(_photos_in(folder)))
         for given, content in files:
             if there >= MOST_PHOTOS:
-                raise MokusError(f"a concept is learned from at most {MOST_PHOTOS} photos here; take some away.")
+                raise MokusError(TOO_MANY)
             if len(content) > LARGEST_PHOTO:
                 faults.append(f"{given} has {len(content) >> 20} MB, expected at most {LARGEST_PHOTO >> 20}.")
                 continue
