@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from html import unescape
 from importlib.resources import files
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from filelock import FileLock
 from PIL import Image
 from starlette.testclient import TestClient
@@ -29,13 +30,14 @@ from mokus.miniature import example
 from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Defaults
 from mokus.settings import EditSettings, LearnSettings
-from mokus.studio import bench_tab, settings_form
+from mokus.studio import bench_tab, settings_form, ui
 from mokus.studio.draw_tab import seeds_text
 from mokus.studio.home import MOST_PHOTOS, Home
 from mokus.studio.jobs import STATES, Job, Jobs
 from mokus.studio.page import Studio
 from mokus.studio.ui import ADDRESS, build
 from mokus.studio.views import duration
+from mokus.studio.worker import WorkerDied
 from tests.conftest import PackFactory
 from tests.test_concept_pack import tree
 
@@ -484,3 +486,43 @@ def test_a_mistake_in_the_command_is_one_sentence(tmp_path: Path) -> None:
         for said, options in cases.items():
             result = run.invoke(app, ["ui", *options])
             assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+
+
+class Loading:
+    """A worker whose model is of no use."""
+
+    def __init__(self, *_: Any) -> None:
+        self.loaded: Future[Any] = Future()
+
+    def __enter__(self) -> Loading:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if not self.loaded.done():
+            self.loaded.set_exception(WorkerDied("the worker died (it was stopped); try again."))
+
+    def call(self, name: str) -> Future[Any]:
+        assert name == "describe"
+        return self.loaded
+
+    def jobs(self) -> list[Job]:
+        return []
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_model_that_cannot_be_loaded_is_told_on_stderr_and_on_every_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: bool
+) -> None:
+    worker, sentence, pages = Loading(), "there is no model 'Qwn/Qwen-Image'.", []
+
+    def run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        if fails:
+            worker.loaded.set_exception(MokusError(sentence))
+        client = TestClient(server.config.app, f"http://{ADDRESS}")  # type: ignore[arg-type]
+        pages.extend(unescape(client.get(page).text) for page in (*PAGES, "/nothing"))
+
+    monkeypatch.setattr(ui, "Worker", lambda *_: worker)
+    monkeypatch.setattr("uvicorn.Server.run", run)
+    ui.launch(tmp_path, 0, "Qwn/Qwen-Image", None, [], False, print)
+    assert [sentence in page for page in pages] == [fails] * (len(PAGES) + 1)
+    assert capsys.readouterr().err == f"mokus: the model could not be loaded: {sentence}\n" * fails  # not a word of a worker that was stopped at the end

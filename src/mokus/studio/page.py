@@ -37,6 +37,7 @@ class Studio:
         self, home: Home, worker: Worker, model: str, defaults: Defaults, reports: Sequence[Path] = ()
     ) -> None:
         self.home, self.worker, self.model, self.defaults = home, worker, model, defaults
+        self.trouble = ""  # why the model could not be loaded, on every page
         self.reports = [home.reports_folder, *reports]
         self._templates = Environment(
             loader=PackageLoader("mokus.studio"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -50,7 +51,7 @@ class Studio:
 
     def page(self, template: str, here: str = "", error: str = "", **values: Any) -> HTMLResponse:
         """A page; with an error its status says so, too. `here`: the tab's address."""
-        content = self.fragment(template, here=here, error=error, **values)
+        content = self.fragment(template, here=here, error=error, trouble=self.trouble, **values)
         return HTMLResponse(content, UNUSABLE if error else 200)
 
     def jobs(self, *kinds: str) -> list[Job]:
