@@ -525,4 +525,6 @@ def test_a_model_that_cannot_be_loaded_is_told_on_stderr_and_on_every_page(
     monkeypatch.setattr("uvicorn.Server.run", run)
     ui.launch(tmp_path, 0, "Qwn/Qwen-Image", None, [], False, print)
     assert [sentence in page for page in pages] == [fails] * (len(PAGES) + 1)
-    assert capsys.readouterr().err == f"mokus: the model could not be loaded: {sentence}\n" * fails  # not a word of a worker that was stopped at the end
+    assert (
+        capsys.readouterr().err == f"mokus: the model could not be loaded: {sentence}\n" * fails
+    )  # not a word of a worker that was stopped at the end

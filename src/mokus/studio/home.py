@@ -17,9 +17,11 @@ from pathlib import Path
 from filelock import FileLock
 from PIL import ExifTags, Image
 
+from mokus.console import visible
 from mokus.errors import MokusError
 from mokus.files import copy
 from mokus.packs.concept_pack import ConceptPack
+from mokus.packs.files import MANIFEST
 from mokus.photos import MIN_SIDE, SUFFIXES, TURNS, load_photos, upright
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -69,13 +71,13 @@ class Home:
     def packs(self) -> tuple[dict[str, ConceptPack], dict[str, str]]:
         """All packs by name, and what is wrong with those that cannot be read."""
         packs, faults = {}, {}
-        for path in sorted(self.packs_folder.glob(f"*{SUFFIX}")):
+        for path in sorted(filter(_maybe_pack, self.packs_folder.iterdir())):
             name = path.name.removesuffix(SUFFIX)
-            if path.is_dir() and NAME.fullmatch(name):
-                try:
-                    packs[name] = ConceptPack.open(path)
-                except MokusError as error:
-                    faults[name] = str(error)
+            try:
+                _check_folder(path.name)
+                packs[name] = ConceptPack.open(path)
+            except MokusError as error:
+                faults[visible(name)] = str(error)
         return packs, faults
 
     def pack(self, name: str) -> Path:
@@ -167,6 +169,20 @@ class Home:
     def address(self, path: str | Path) -> str:
         """Where the browser finds a picture of this folder."""
         return f"/files/{Path(path).resolve().relative_to(self.path).as_posix()}"
+
+
+def _maybe_pack(path: Path) -> bool:
+    """Whether a folder is meant as a pack; hidden ones are packs that are being written."""
+    meant = path.suffix == SUFFIX or (path / MANIFEST).is_file()
+    return meant and path.is_dir() and not path.name.startswith(".")
+
+
+def _check_folder(name: str) -> None:
+    if not NAME.fullmatch(name.removesuffix(SUFFIX)) or not name.endswith(SUFFIX):
+        raise MokusError(
+            f"a pack's folder cannot be called that here, expected up to 64 letters a to z, digits, dots and dashes, "
+            f"and {SUFFIX} at the end; rename it."
+        )
 
 
 def _checked(name: str, what: str) -> str:
