@@ -188,7 +188,7 @@ def _check_folder(name: str) -> None:
 def _checked(name: str, what: str) -> str:
     if not NAME.fullmatch(name):
         raise MokusError(
-            f"{name[:60]!r} cannot be the name of a {what}, expected up to 64 letters, digits, dots and dashes."
+            f"{name[:60]!r} cannot be the name of a {what}, expected up to 64 letters a to z, digits, dots and dashes."
         )
     return name
 
