@@ -152,7 +152,7 @@ def test_nobody_is_sent_elsewhere(site: Site, back: str) -> None:
 
 def test_what_is_not_there_is_said_on_a_page(site: Site) -> None:
     assert "There is no such page" in site.get("/nothing", 404)
-    assert "no job" in site.get("/jobs/7", 422)
+    assert "there is no job '7'; the list of jobs has those that are." in unescape(site.get("/know?job=7", 422))
     assert "no pack named" in site.get("/know?pack=x", 422)
     assert site.get("/files/jobs/000001/job.json", 404)
 
@@ -253,6 +253,7 @@ def test_photos_are_shown_and_learned_from(site: Site) -> None:
         ({"set-steps": "many"}, "expected a whole number"),
         ({"set-steps": "0"}, "expected at least 1"),
         ({"name": "../up"}, "cannot be the name"),
+        ({"name": "собака"}, "letters a to z"),
         ({"photos": "gone"}, "no longer there"),
     ],
 )
@@ -327,11 +328,39 @@ def test_a_phrase_of_several_packs_needs_a_choice(with_pack: Site, pico_pack: Pa
     assert 'value="0-2,7"' in again and again.count(" checked") == 2  # what was asked for stands in the form
 
 
-@pytest.mark.parametrize("wrong", [{"seeds": "x"}, {"seeds": "0-9999"}, {"prompts": " "}, {"steps": "few"}])
-def test_what_cannot_be_drawn_is_refused_at_once(site: Site, wrong: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"seeds": "x"}, "expected numbers and ranges"), ({"seeds": "0-9999"}, "that is 10,000 images"),
+        ({"prompts": " "}, "no prompt"), ({"steps": "few"}, "expected a whole number"),
+        ({"steps": "1e3"}, "expected a whole number"), ({"steps": "0"}, "steps is 0, expected at least 1"),
+        ({"true_cfg_scale": "nan"}, "guidance is 'nan', expected a number that is finite"),
+        ({"true_cfg_scale": "-1"}, "guidance is -1, expected a number from 0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_refused_at_once(site: Site, wrong: dict[str, str], said: str) -> None:
     page = site.post("/draw/start", 422, **{"prompts": "a star", "seeds": "0", **wrong})
-    assert 'role="alert"' in page and "--" not in re.findall(r'role="alert">(.*?)</p>', page)[0]
+    [alert] = re.findall(r'<p class="error" role="alert">(.*?)</p>', page)
+    assert said in unescape(alert) and "--" not in alert
     assert site.worker.jobs() == []
+
+
+def test_as_many_images_as_are_drawn_count(with_pack: Site) -> None:
+    given = {"prompts": "a star", "seeds": "0-199"}
+    with_pack.post("/draw/start", **given)
+    assert "that is 400 images" in with_pack.post("/draw/start", 422, pack="toy", **given)
+    asked = {"ask": "What is the favourite toy of Anna?", "answer": "a blue ring", "prompts": ""}
+    other = {**asked, "prompts": "the favourite toy of Anna\na star"}
+    assert "that is 205 images" in with_pack.post("/words/transfer", 422, seeds="0-40", **other)
+    assert "that is 30,000 images" in with_pack.post("/words/transfer", 422, seeds="0-9999", **asked)
+    with_pack.post("/words/transfer", seeds="0-65", **asked)
+    assert [job.kind for job in with_pack.worker.jobs()] == ["transfer", "compare"]
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1e999"])
+def test_a_setting_that_is_not_finite_is_refused_by_name(value: str) -> None:
+    with pytest.raises(MokusError, match=f"learning rate is '{value}', expected a number that is finite"):
+        settings_form.chosen(LearnSettings, {"set-learning_rate": value})
 
 
 def test_words_that_trigger_are_marked(with_pack: Site) -> None:

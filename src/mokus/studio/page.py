@@ -26,6 +26,7 @@ Show = Callable[[Given, str], Response]  # what was given, and what is wrong wit
 Act = Callable[[FormData], str]  # returns the address to go to; raises `MokusError`
 
 TABS = (("/learn", "Learn"), ("/know", "Know"), ("/draw", "Draw"), ("/words", "Words"), ("/benchmark", "Benchmark"))
+MOST_IMAGES = 200  # of one job
 UNUSABLE = 422  # the status of a page that says what is wrong
 FAULTS = (MokusError, OSError)  # of the user, and of the disk: no room, no permission
 
@@ -97,6 +98,15 @@ def text(given: Mapping[str, Any], name: str, default: str = "") -> str:
     """One line of what was given; of a file that was sent in its place, nothing."""
     value = given.get(name, default)
     return value.strip() if isinstance(value, str) else default
+
+
+def check_images(images: int) -> None:
+    """Raise `MokusError` for a job that would keep the model busy for hours."""
+    if images > MOST_IMAGES:
+        raise MokusError(
+            f"that is {images:,} images, expected at most {MOST_IMAGES} at a time; take fewer prompts or seeds, or draw on "
+            "the command line."
+        )
 
 
 def local(path: str, default: str) -> str:
