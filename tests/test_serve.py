@@ -213,6 +213,20 @@ def test_packs_that_are_not_served_are_told_with_why(tmp_path: Path) -> None:
     assert openai.Models.of(ABOUT, None).left_out() == {}
 
 
+@pytest.mark.parametrize(
+    ("body", "kind", "said"),
+    [
+        (b'{"prompt": "x"}', "text/plain", "with the header Content-Type: application/json"),
+        (b'{"prompt": "x"}', "application/x-www-form-urlencoded", "with the header Content-Type: application/json"),
+        (b'{"prompt": "x"}', "", "with the header Content-Type: application/json"),
+        *((body, "application/json", "expected a JSON object") for body in (b"[]", b"null", b"7", b"")),
+    ],
+)
+def test_a_body_that_is_no_object_is_told_what_to_do(shared: Running, body: bytes, kind: str, said: str) -> None:
+    status, _, data = shared.client.ask("POST", IMAGES, body, {"Content-Type": kind})
+    assert status == 400 and said in json.loads(data)["error"]["message"]
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     made = Running(tmp_path_factory.mktemp("shared"))
