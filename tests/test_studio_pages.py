@@ -402,6 +402,11 @@ def test_a_name_cannot_be_erased_without_saying_what_stands_there(site: Site) ->
     assert "fill in what shall stand there" in site.post("/words/erase", 422, concepts="Boris", replacement="")
 
 
+def test_an_option_is_said_to_be_of_the_command_line(site: Site) -> None:
+    page = site.post("/words/transfer", 422, ask="Sing a song of Anna", answer="a blue ring", prompts="", seeds="0")
+    assert "or, on the command line, name the phrase by --knowledge" in page
+
+
 # --- jobs ---------------------------------------------------------
 
 
