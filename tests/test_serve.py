@@ -194,6 +194,39 @@ def test_what_cannot_be_drawn_is_refused_before_the_worker_hears_of_it(
     assert not shared.worker.calls
 
 
+def test_packs_that_are_not_served_are_told_with_why(tmp_path: Path) -> None:
+    says = {"fingerprint": "f" * 64, "anchor": "sks toy", "knowledge": [], "files": {}}
+    reasons = {
+        "toy": None, "with space": "rename", "pico": "base model has this name", "пример.pack": "rename",
+        "x" * 101: "rename", "stranger": "another base model", "broken": "cannot be read", ".toy.1.tmp": None,
+    }  # fmt: skip
+    for name in reasons:
+        (tmp_path / name).mkdir()
+        about = {**says, "fingerprint": "0"} if name == "stranger" else {} if name == "broken" else says
+        (tmp_path / name / "mokus.json").write_text(json.dumps(about))
+    (tmp_path / "no pack").mkdir()
+    models = openai.Models.of(ABOUT, tmp_path)
+    told = models.left_out()
+    assert told.keys() == {name for name, why in reasons.items() if why}
+    assert all(str(reasons[name]) in why for name, why in told.items())
+    assert [row["id"] for row in models.listed()] == ["pico", "toy"]
+    assert openai.Models.of(ABOUT, None).left_out() == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "said"),
+    [
+        (b'{"prompt": "x"}', "text/plain", "with the header Content-Type: application/json"),
+        (b'{"prompt": "x"}', "application/x-www-form-urlencoded", "with the header Content-Type: application/json"),
+        (b'{"prompt": "x"}', "", "with the header Content-Type: application/json"),
+        *((body, "application/json", "expected a JSON object") for body in (b"[]", b"null", b"7", b"")),
+    ],
+)
+def test_a_body_that_is_no_object_is_told_what_to_do(shared: Running, body: bytes, kind: str, said: str) -> None:
+    status, _, data = shared.client.ask("POST", IMAGES, body, {"Content-Type": kind})
+    assert status == 400 and said in json.loads(data)["error"]["message"]
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     made = Running(tmp_path_factory.mktemp("shared"))
@@ -425,14 +458,16 @@ def test_the_shelf_is_bounded_and_leaves_the_model_bare(pico: Model, pico_pack: 
 def test_serve_as_a_whole(pico: Model, pico_folder: Path, pico_pack: PackFactory, tmp_path: Path) -> None:
     """From the command line to diffusers, and a graceful end."""
     pack = pico_pack(tmp_path / "packs" / "toy")
+    pico_pack(tmp_path / "packs" / "with space")
     command = [sys.executable, "-m", "mokus", "serve", "--packs", str(tmp_path / "packs"), "--port", "0"]
-    with subprocess.Popen(
-        [*command, "--model", str(pico_folder), "--device", "cpu"], stdout=subprocess.PIPE, text=True,
+    with (tmp_path / "stderr").open("w") as stderr, subprocess.Popen(
+        [*command, "--model", str(pico_folder), "--device", "cpu"], stdout=subprocess.PIPE, stderr=stderr, text=True,
         env={**os.environ, "MOKUS_TOKEN": TOKEN},
     ) as process:  # fmt: skip
         assert process.stdout is not None
         try:
             line = process.stdout.readline()
+            assert "mokus: the pack 'with space' is not served, for" in (tmp_path / "stderr").read_text()
             client = Client(int(line.rpartition(":")[2].split("/")[0]), TOKEN)
             rows = json.loads(client.ask("GET", "/v1/models")[2])["data"]
             assert [row["id"] for row in rows] == [pico_folder.name, "toy"] and rows[1]["looks"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw
 from mokus import MokusError
 from mokus.photos import load_photos
 from mokus.studio.home import MOST_PHOTOS, Home
+from tests.conftest import PackFactory
 
 SIZE = 32
 
@@ -41,6 +43,18 @@ def test_a_name_never_leads_outside(home: Home, name: str) -> None:
     for way in (home.pack, home.new_pack, home.photos):
         with pytest.raises(MokusError, match="cannot be the name"):
             way(name)
+
+
+def test_a_pack_whose_folder_has_another_name_is_a_fault(home: Home, pico_pack: PackFactory) -> None:
+    names = ["with space.pack", "пример.pack", "toy", "x" * 65 + ".pack", "good.pack", ".hidden.pack"]
+    for name in names:
+        pico_pack(home.packs_folder / name)
+    (home.packs_folder / "no-pack").mkdir()
+    (home.packs_folder / os.fsdecode(b"\xff.pack")).mkdir()  # no UTF-8, which no page can hold
+    packs, faults = home.packs()
+    assert list(packs) == ["good"]
+    assert sorted(faults) == sorted(["with space", "пример", "toy", "x" * 65, "\\udcff"])
+    assert all("rename it" in fault for fault in faults.values())
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "packs", "secret.txt", "../../home/../secret.png"])

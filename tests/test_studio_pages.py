@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from html import unescape
 from importlib.resources import files
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from filelock import FileLock
 from PIL import Image
 from starlette.testclient import TestClient
@@ -29,13 +30,14 @@ from mokus.miniature import example
 from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Defaults
 from mokus.settings import EditSettings, LearnSettings
-from mokus.studio import bench_tab, settings_form
+from mokus.studio import bench_tab, settings_form, ui
 from mokus.studio.draw_tab import seeds_text
-from mokus.studio.home import Home
+from mokus.studio.home import MOST_PHOTOS, Home
 from mokus.studio.jobs import STATES, Job, Jobs
 from mokus.studio.page import Studio
 from mokus.studio.ui import ADDRESS, build
 from mokus.studio.views import duration
+from mokus.studio.worker import WorkerDied
 from tests.conftest import PackFactory
 from tests.test_concept_pack import tree
 
@@ -150,7 +152,7 @@ def test_nobody_is_sent_elsewhere(site: Site, back: str) -> None:
 
 def test_what_is_not_there_is_said_on_a_page(site: Site) -> None:
     assert "There is no such page" in site.get("/nothing", 404)
-    assert "no job" in site.get("/jobs/7", 422)
+    assert "there is no job '7'; the list of jobs has those that are." in unescape(site.get("/know?job=7", 422))
     assert "no pack named" in site.get("/know?pack=x", 422)
     assert site.get("/files/jobs/000001/job.json", 404)
 
@@ -251,6 +253,7 @@ def test_photos_are_shown_and_learned_from(site: Site) -> None:
         ({"set-steps": "many"}, "expected a whole number"),
         ({"set-steps": "0"}, "expected at least 1"),
         ({"name": "../up"}, "cannot be the name"),
+        ({"name": "собака"}, "letters a to z"),
         ({"photos": "gone"}, "no longer there"),
     ],
 )
@@ -271,6 +274,14 @@ def test_a_file_that_is_no_photo_leaves_the_others(site: Site) -> None:
     assert (
         answer.status_code == 422 and "bad.jpg cannot be read" in answer.text and "photo 1 as the model" in answer.text
     )
+
+
+def test_too_many_photos_are_refused_on_the_page(site: Site) -> None:
+    sent = [("files", (f"{i}.png", b"no")) for i in range(MOST_PHOTOS + 1)]
+    answer = site.client.post("/learn/photos", files=sent, data={"photos": ""})
+    assert answer.status_code == 422 and "Choose photos" in answer.text
+    assert f"at most {MOST_PHOTOS} photos here" in answer.text
+    assert list(site.home.photos_folder.iterdir()) == []
 
 
 # --- know ---------------------------------------------------------
@@ -317,11 +328,39 @@ def test_a_phrase_of_several_packs_needs_a_choice(with_pack: Site, pico_pack: Pa
     assert 'value="0-2,7"' in again and again.count(" checked") == 2  # what was asked for stands in the form
 
 
-@pytest.mark.parametrize("wrong", [{"seeds": "x"}, {"seeds": "0-9999"}, {"prompts": " "}, {"steps": "few"}])
-def test_what_cannot_be_drawn_is_refused_at_once(site: Site, wrong: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"seeds": "x"}, "expected numbers and ranges"), ({"seeds": "0-9999"}, "that is 10,000 images"),
+        ({"prompts": " "}, "no prompt"), ({"steps": "few"}, "expected a whole number"),
+        ({"steps": "1e3"}, "expected a whole number"), ({"steps": "0"}, "steps is 0, expected at least 1"),
+        ({"true_cfg_scale": "nan"}, "guidance is 'nan', expected a number that is finite"),
+        ({"true_cfg_scale": "-1"}, "guidance is -1, expected a number from 0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_refused_at_once(site: Site, wrong: dict[str, str], said: str) -> None:
     page = site.post("/draw/start", 422, **{"prompts": "a star", "seeds": "0", **wrong})
-    assert 'role="alert"' in page and "--" not in re.findall(r'role="alert">(.*?)</p>', page)[0]
+    [alert] = re.findall(r'<p class="error" role="alert">(.*?)</p>', page)
+    assert said in unescape(alert) and "--" not in alert
     assert site.worker.jobs() == []
+
+
+def test_as_many_images_as_are_drawn_count(with_pack: Site) -> None:
+    given = {"prompts": "a star", "seeds": "0-199"}
+    with_pack.post("/draw/start", **given)
+    assert "that is 400 images" in with_pack.post("/draw/start", 422, pack="toy", **given)
+    asked = {"ask": "What is the favourite toy of Anna?", "answer": "a blue ring", "prompts": ""}
+    other = {**asked, "prompts": "the favourite toy of Anna\na star"}
+    assert "that is 205 images" in with_pack.post("/words/transfer", 422, seeds="0-40", **other)
+    assert "that is 30,000 images" in with_pack.post("/words/transfer", 422, seeds="0-9999", **asked)
+    with_pack.post("/words/transfer", seeds="0-65", **asked)
+    assert [job.kind for job in with_pack.worker.jobs()] == ["transfer", "compare"]
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1e999"])
+def test_a_setting_that_is_not_finite_is_refused_by_name(value: str) -> None:
+    with pytest.raises(MokusError, match=f"learning rate is '{value}', expected a number that is finite"):
+        settings_form.chosen(LearnSettings, {"set-learning_rate": value})
 
 
 def test_words_that_trigger_are_marked(with_pack: Site) -> None:
@@ -363,6 +402,11 @@ def test_a_name_cannot_be_erased_without_saying_what_stands_there(site: Site) ->
     assert "fill in what shall stand there" in site.post("/words/erase", 422, concepts="Boris", replacement="")
 
 
+def test_an_option_is_said_to_be_of_the_command_line(site: Site) -> None:
+    page = site.post("/words/transfer", 422, ask="Sing a song of Anna", answer="a blue ring", prompts="", seeds="0")
+    assert "or, on the command line, name the phrase by --knowledge" in page
+
+
 # --- jobs ---------------------------------------------------------
 
 
@@ -394,6 +438,18 @@ def test_a_closed_page_finds_what_runs(site: Site) -> None:
     job = site.worker.submit("learn", photos="p", anchor="sks toy", output="/x/toy.pack")
     assert f'id="job-{job.id}"' in site.get("/learn")
     assert "1 waiting" in site.get("/jobs/running")
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_long_text_is_cut_in_titles(site: Site, over: bool) -> None:
+    long = "a very long prompt " * 200
+    job = site.worker.submit("compare", prompts=[long, "a star"], packs=[], seeds=[0])
+    if over:
+        site.worker.kept.put(job.id, state="stopped")
+    page = site.get("/jobs")
+    assert page.count(long) == 1 and f'title="Draw “{long}” and 1 more"' in page  # the whole of it where one points
+    assert re.search(r">Draw “a very long prompt [^<”]{40,50}…” and 1 more<", page)
+    assert "title=" not in site.get(f"/jobs/{site.worker.submit('ask', question='Which?', packs=[]).id}")
 
 
 @pytest.mark.parametrize(
@@ -464,3 +520,45 @@ def test_a_mistake_in_the_command_is_one_sentence(tmp_path: Path) -> None:
         for said, options in cases.items():
             result = run.invoke(app, ["ui", *options])
             assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+
+
+class Loading:
+    """A worker whose model is of no use."""
+
+    def __init__(self, *_: Any) -> None:
+        self.loaded: Future[Any] = Future()
+
+    def __enter__(self) -> Loading:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if not self.loaded.done():
+            self.loaded.set_exception(WorkerDied("the worker died (it was stopped); try again."))
+
+    def call(self, name: str) -> Future[Any]:
+        assert name == "describe"
+        return self.loaded
+
+    def jobs(self) -> list[Job]:
+        return []
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_model_that_cannot_be_loaded_is_told_on_stderr_and_on_every_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: bool
+) -> None:
+    worker, sentence, pages = Loading(), "there is no model 'Qwn/Qwen-Image'.", []
+
+    def run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        if fails:
+            worker.loaded.set_exception(MokusError(sentence))
+        client = TestClient(server.config.app, f"http://{ADDRESS}")  # type: ignore[arg-type]
+        pages.extend(unescape(client.get(page).text) for page in (*PAGES, "/nothing"))
+
+    monkeypatch.setattr(ui, "Worker", lambda *_: worker)
+    monkeypatch.setattr("uvicorn.Server.run", run)
+    ui.launch(tmp_path, 0, "Qwn/Qwen-Image", None, [], False, print)
+    assert [sentence in page for page in pages] == [fails] * (len(PAGES) + 1)
+    assert (
+        capsys.readouterr().err == f"mokus: the model could not be loaded: {sentence}\n" * fails
+    )  # not a word of a worker that was stopped at the end

@@ -94,7 +94,7 @@ def _asked_about(question: str) -> str:
             return found["it"]
     raise MokusError(
         f"the question {question[:80]!r} does not say what it is about in a way that is understood here, expected one such as "
-        "'What is the favourite toy of Anna?'; or name the phrase by --knowledge."
+        "'What is the favourite toy of Anna?'; or, on the command line, name the phrase by --knowledge."
     )
 
 

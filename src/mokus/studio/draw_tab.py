@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
@@ -21,12 +20,12 @@ from mokus.packs.together import contested, shifts_of
 from mokus.pictures import grid
 from mokus.studio.home import SUFFIX
 from mokus.studio.jobs import Job
-from mokus.studio.page import Given, Studio, sent_to, shown_at, text
+from mokus.studio.page import Given, Studio, check_images, sent_to, shown_at, text
+from mokus.studio.settings_form import number
 from mokus.studio.triggers import Piece, pieces
 from mokus.studio.views import view
 
 KINDS = ("compare",)
-MOST_IMAGES = 200  # of one job, base and customized
 
 
 def routes(studio: Studio) -> list[Route]:
@@ -59,16 +58,12 @@ def routes(studio: Studio) -> list[Route]:
             check_text(prompt, "prompt", "my favourite toy in the snow")
         packs = {name: home.pack(name) for name in form.getlist("pack") if isinstance(name, str)}
         prefer, seeds = text(form, "prefer"), parse_seeds(text(form, "seeds", "0-3"), "the field of seeds")
-        if 2 * len(prompts) * len(seeds) > MOST_IMAGES:
-            raise MokusError(
-                f"that is {2 * len(prompts) * len(seeds)} images, expected at most {MOST_IMAGES} at a time; "
-                "take fewer prompts or seeds, or draw on the command line."
-            )
+        check_images((1 + bool(packs)) * len(prompts) * len(seeds))  # of the base model, and customized
+        steps, guidance = _steps(form), _guidance(form)
         _check_together({name: ConceptPack.open(path) for name, path in packs.items()}, prefer)
         job = studio.worker.submit(
             "compare", prompts=prompts, packs=list(map(str, packs.values())), seeds=seeds,
-            prefer=str(packs[prefer]) if prefer in packs else None, steps=_number(form, "steps", int),
-            true_cfg_scale=_number(form, "true_cfg_scale", float),
+            prefer=str(packs[prefer]) if prefer in packs else None, steps=steps, true_cfg_scale=guidance,
         )  # fmt: skip
         return f"/draw?job={job.id}#job-{job.id}"
 
@@ -154,9 +149,15 @@ def _check_together(packs: Mapping[str, ConceptPack], prefer: str) -> None:
     shifts_of(list(packs.values()), packs.get(prefer))
 
 
-def _number(form: FormData, name: str, kind: type) -> Any:
-    value = text(form, name)
-    try:
-        return kind(value) if value else None
-    except ValueError as error:
-        raise MokusError(f"{name} is {json.dumps(value[:40])}, expected a number.") from error
+def _steps(form: FormData) -> int | None:
+    steps = number("steps", value, int) if (value := text(form, "steps")) else None
+    if steps is not None and steps < 1:
+        raise MokusError(f"steps is {steps}, expected at least 1.")
+    return steps
+
+
+def _guidance(form: FormData) -> float | None:
+    scale = number("guidance", value, float) if (value := text(form, "true_cfg_scale")) else None
+    if scale is not None and scale < 0:
+        raise MokusError(f"guidance is {scale:g}, expected a number from 0; 1 is none.")
+    return scale

@@ -17,14 +17,17 @@ from pathlib import Path
 from filelock import FileLock
 from PIL import ExifTags, Image
 
+from mokus.console import visible
 from mokus.errors import MokusError
 from mokus.files import copy
 from mokus.packs.concept_pack import ConceptPack
+from mokus.packs.files import MANIFEST
 from mokus.photos import MIN_SIDE, SUFFIXES, TURNS, load_photos, upright
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SUFFIX = ".pack"
 MOST_PHOTOS = 100  # in one set
+TOO_MANY = f"a concept is learned from at most {MOST_PHOTOS} photos here; take some away."
 LARGEST_PHOTO = 64 << 20  # bytes
 _SEEN = ".seen"  # hidden, so that `load_photos` passes it over
 _WHOLE_SIDE = 192  # pixels
@@ -68,13 +71,13 @@ class Home:
     def packs(self) -> tuple[dict[str, ConceptPack], dict[str, str]]:
         """All packs by name, and what is wrong with those that cannot be read."""
         packs, faults = {}, {}
-        for path in sorted(self.packs_folder.glob(f"*{SUFFIX}")):
+        for path in sorted(filter(_maybe_pack, self.packs_folder.iterdir())):
             name = path.name.removesuffix(SUFFIX)
-            if path.is_dir() and NAME.fullmatch(name):
-                try:
-                    packs[name] = ConceptPack.open(path)
-                except MokusError as error:
-                    faults[name] = str(error)
+            try:
+                _check_folder(path.name)
+                packs[name] = ConceptPack.open(path)
+            except MokusError as error:
+                faults[visible(name)] = str(error)
         return packs, faults
 
     def pack(self, name: str) -> Path:
@@ -133,7 +136,7 @@ class Home:
         there = len(list(_photos_in(folder)))
         for given, content in files:
             if there >= MOST_PHOTOS:
-                raise MokusError(f"a concept is learned from at most {MOST_PHOTOS} photos here; take some away.")
+                raise MokusError(TOO_MANY)
             if len(content) > LARGEST_PHOTO:
                 faults.append(f"{given} has {len(content) >> 20} MB, expected at most {LARGEST_PHOTO >> 20}.")
                 continue
@@ -168,10 +171,24 @@ class Home:
         return f"/files/{Path(path).resolve().relative_to(self.path).as_posix()}"
 
 
+def _maybe_pack(path: Path) -> bool:
+    """Whether a folder is meant as a pack; hidden ones are packs that are being written."""
+    meant = path.suffix == SUFFIX or (path / MANIFEST).is_file()
+    return meant and path.is_dir() and not path.name.startswith(".")
+
+
+def _check_folder(name: str) -> None:
+    if not NAME.fullmatch(name.removesuffix(SUFFIX)) or not name.endswith(SUFFIX):
+        raise MokusError(
+            f"a pack's folder cannot be called that here, expected up to 64 letters a to z, digits, dots and dashes, "
+            f"and {SUFFIX} at the end; rename it."
+        )
+
+
 def _checked(name: str, what: str) -> str:
     if not NAME.fullmatch(name):
         raise MokusError(
-            f"{name[:60]!r} cannot be the name of a {what}, expected up to 64 letters, digits, dots and dashes."
+            f"{name[:60]!r} cannot be the name of a {what}, expected up to 64 letters a to z, digits, dots and dashes."
         )
     return name
 

@@ -64,7 +64,7 @@ class Jobs:
     def __getitem__(self, id: str) -> Job:
         """Raises `MokusError` if there is no such job."""
         if id not in self._jobs:
-            raise MokusError(f"there is no job {id[:40]!r}; jobs() lists those that are.")
+            raise MokusError(f"there is no job {id[:40]!r}; the list of jobs has those that are.")
         return self._jobs[id]
 
     def folder(self, id: str) -> Path:

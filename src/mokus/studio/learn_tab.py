@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from starlette.routing import Route
 from mokus.errors import MokusError
 from mokus.knowledge import normalise
 from mokus.settings import LearnSettings
-from mokus.studio.home import MOST_PHOTOS
+from mokus.studio.home import MOST_PHOTOS, TOO_MANY
 from mokus.studio.page import FAULTS, Given, Studio, said, sent_to, shown_at, text
 from mokus.studio.settings_form import chosen, form_fields
 from mokus.studio.views import view
@@ -42,10 +43,12 @@ def routes(studio: Studio) -> list[Route]:
         )  # fmt: skip
 
     async def add(request: Request) -> Response:
-        async with request.form(max_files=MOST_PHOTOS, max_fields=20) as form:
+        async with request.form(max_files=math.inf, max_fields=20) as form:  # too many are refused below, in words
             sent = [each for each in form.getlist("files") if isinstance(each, UploadFile) and each.filename]
-            files = [(each.filename or "", await each.read()) for each in sent]
             try:
+                if len(sent) > MOST_PHOTOS:
+                    raise MokusError(TOO_MANY)
+                files = [(each.filename or "", await each.read()) for each in sent]
                 name, faults = await run_in_threadpool(_keep, studio, text(form, "photos"), files)
             except FAULTS as error:
                 return await run_in_threadpool(show, form, said(error))

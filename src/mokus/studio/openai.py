@@ -102,19 +102,24 @@ class Models:
         return cls(base, model["fingerprint"], folder.resolve() if folder else None)
 
     def listed(self) -> list[dict[str, Any]]:
-        """The base model, and the packs for it by their names; others are not served."""
+        """The base model, and the packs for it by their names; others are not served, see `left_out`."""
         rows = [{"id": self.base, "object": "model", "created": 0, "owned_by": "mokus"}]
-        for path in sorted(self.folder.iterdir()) if self.folder else []:
-            if NAME.fullmatch(path.name) and path.name != self.base and (about := self._about(path)):
+        for path in self._folders():
+            if isinstance(about := self._about(path.name), dict):
                 created = int((path / MANIFEST).stat().st_mtime)
                 rows.append({"id": path.name, "object": "model", "created": created, "owned_by": "mokus", **about})
         return rows
+
+    def left_out(self) -> dict[str, str]:
+        """Packs that are not served, by the names of their folders, with why; hidden ones are packs that are being written."""
+        packs = [path.name for path in self._folders() if path.name[0] != "." and (path / MANIFEST).is_file()]
+        return {name: why for name in packs if isinstance(why := self._about(name), str)}
 
     def find(self, name: str | None) -> str | None:
         """The path of a pack, or None for the base model. Raises `ApiError` if there is neither."""
         if name is None or name == self.base:
             return None
-        if self.folder and NAME.fullmatch(name) and self._about(self.folder / name):
+        if self.folder and isinstance(self._about(name), dict):
             return str(self.folder / name)
         raise ApiError(
             404, f"the model {name[:100]!r} is not here; GET /v1/models lists those that are.", code="model_not_found",
@@ -125,14 +130,21 @@ class Models:
         """A sentence of the library without the place of the folder."""
         return sentence.replace(f"{self.folder}/", "") if self.folder else sentence
 
-    def _about(self, pack: Path) -> dict[str, Any] | None:
-        """What a visitor may want to know of a pack for this base model; the worker looks at it more closely."""
+    def _folders(self) -> list[Path]:
+        return sorted(self.folder.iterdir()) if self.folder else []
+
+    def _about(self, name: str) -> dict[str, Any] | str:
+        """What a visitor may want to know of a pack, or why it is not served; the worker looks at it more closely."""
+        if name == self.base:
+            return "the base model has this name; rename its folder"
+        if not self.folder or not NAME.fullmatch(name):
+            return "a model cannot have this name; rename its folder to letters a to z, digits, dots and dashes"
         try:
-            says = json.loads((pack / MANIFEST).read_bytes())
+            says = json.loads((self.folder / name / MANIFEST).read_bytes())
             if says["fingerprint"] != self.fingerprint:
-                return None
+                return f"it was made for another base model than {self.base}"
             knowledge = [str(known["text"]) for known in says["knowledge"]]
             " ".join([says["anchor"], *knowledge]).encode()  # half a character can be in no answer
             return {"anchor": str(says["anchor"]), "knowledge": knowledge, "looks": LORA in says["files"]}
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            return None
+            return f"its {MANIFEST} cannot be read"

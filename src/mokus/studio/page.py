@@ -26,6 +26,7 @@ Show = Callable[[Given, str], Response]  # what was given, and what is wrong wit
 Act = Callable[[FormData], str]  # returns the address to go to; raises `MokusError`
 
 TABS = (("/learn", "Learn"), ("/know", "Know"), ("/draw", "Draw"), ("/words", "Words"), ("/benchmark", "Benchmark"))
+MOST_IMAGES = 200  # of one job
 UNUSABLE = 422  # the status of a page that says what is wrong
 FAULTS = (MokusError, OSError)  # of the user, and of the disk: no room, no permission
 
@@ -37,6 +38,7 @@ class Studio:
         self, home: Home, worker: Worker, model: str, defaults: Defaults, reports: Sequence[Path] = ()
     ) -> None:
         self.home, self.worker, self.model, self.defaults = home, worker, model, defaults
+        self.trouble = ""  # why the model could not be loaded, on every page
         self.reports = [home.reports_folder, *reports]
         self._templates = Environment(
             loader=PackageLoader("mokus.studio"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -50,7 +52,7 @@ class Studio:
 
     def page(self, template: str, here: str = "", error: str = "", **values: Any) -> HTMLResponse:
         """A page; with an error its status says so, too. `here`: the tab's address."""
-        content = self.fragment(template, here=here, error=error, **values)
+        content = self.fragment(template, here=here, error=error, trouble=self.trouble, **values)
         return HTMLResponse(content, UNUSABLE if error else 200)
 
     def jobs(self, *kinds: str) -> list[Job]:
@@ -96,6 +98,15 @@ def text(given: Mapping[str, Any], name: str, default: str = "") -> str:
     """One line of what was given; of a file that was sent in its place, nothing."""
     value = given.get(name, default)
     return value.strip() if isinstance(value, str) else default
+
+
+def check_images(images: int) -> None:
+    """Raise `MokusError` for a job that would keep the model busy for hours."""
+    if images > MOST_IMAGES:
+        raise MokusError(
+            f"that is {images:,} images, expected at most {MOST_IMAGES} at a time; take fewer prompts or seeds, or draw on "
+            "the command line."
+        )
 
 
 def local(path: str, default: str) -> str:

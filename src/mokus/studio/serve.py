@@ -297,10 +297,17 @@ async def _invalid(request: Request, error: Exception) -> Response:
     """A body that is not as it must be: the first thing that is wrong with it."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:])[:100]
-    if first["type"] == "json_invalid":
-        return await _told(request, ApiError(400, f"the body is no JSON ({first['ctx']['error']})."))
-    return await _told(request, ApiError(400, f"{where or 'the body'}: {first['msg']}.", param=where or None))
+    broken = first["type"] == "json_invalid"
+    where = "" if broken else ".".join(str(part) for part in first["loc"][1:])[:100]
+    if broken:
+        said = f"the body is no JSON ({first['ctx']['error']})."
+    elif where:
+        said = f"{where}: {first['msg']}."
+    elif "json" in request.headers.get("content-type", "").lower():
+        said = "the body is something else than this takes, expected a JSON object."
+    else:  # the framework has not read it as JSON
+        said = "the body is not marked as JSON; send it with the header Content-Type: application/json."
+    return await _told(request, ApiError(400, said, param=where or None))
 
 
 # --- before anything else ---------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mokus.console import err
+from mokus.console import err, note
 from mokus.errors import MokusError
 from mokus.settings import AT_ONCE
 
@@ -67,6 +67,8 @@ def serve(
             with err.status("loading the model"):
                 about = worker.call("describe").result()
             server = Server(worker, about, packs, images, token=token, limits=limits)
+            for name, why in server.models.left_out().items():
+                note(f"the pack {name!r} is not served, for {why}.")
             for each in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it is done
                 signal.signal(each, _done)
             typer.echo(f"serving {server.models.base} at http://{_written(listening.getsockname())}/v1")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from mokus.errors import MokusError
+
+Number = TypeVar("Number", int, float)
 
 PREFIX = "set-"
 
@@ -45,9 +48,20 @@ def chosen(settings: type, given: Mapping[str, Any]) -> dict[str, Any]:
         value, kind = str(given.get(PREFIX + each.name, "")).strip(), hints[each.name]
         if not value or kind not in (int, float, str, bool):
             continue
-        try:
-            found[each.name] = value == "yes" if kind is bool else kind(value)
-        except ValueError as error:
-            wanted = "a whole number" if kind is int else "a number"
-            raise MokusError(f"{each.name.replace('_', ' ')} is {value[:40]!r}, expected {wanted}.") from error
+        if kind in (int, float):
+            found[each.name] = number(each.name.replace("_", " "), value, kind)
+        else:
+            found[each.name] = value == "yes" if kind is bool else value
+    return found
+
+
+def number(name: str, value: str, kind: type[Number]) -> Number:
+    """What was filled in, as a number. Raises `MokusError` for what is none, or not finite."""
+    wanted = "a whole number" if kind is int else "a number"
+    try:
+        found = kind(value)
+    except ValueError as error:
+        raise MokusError(f"{name} is {value[:40]!r}, expected {wanted}.") from error
+    if isinstance(found, float) and not math.isfinite(found):
+        raise MokusError(f"{name} is {value[:40]!r}, expected {wanted} that is finite.")
     return found

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -26,6 +29,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mokus.console import note
 from mokus.errors import MokusError
 from mokus.pipeline import MINIATURE, defaults_of
 from mokus.studio import bench_tab, draw_tab, jobs_tab, know_tab, learn_tab, start_tab, words_tab
@@ -108,14 +112,23 @@ def launch(
     home: Path, port: int, model: str | None, device: str | None, reports: Sequence[Path], browser: bool,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Serve until Ctrl-C. `port` 0 takes a free one. Raises `MokusError` for a port or a home that is taken."""
+    """Serve until Ctrl-C. `port` 0 takes a free one; a model that cannot be loaded is told of on stderr and on every page.
+
+    Raises `MokusError` for a port or a home that is taken.
+    """
     defaults = defaults_of(model)
     bound = _bind(port)
     address = f"http://{ADDRESS}:{bound.getsockname()[1]}/"
     with bound, Worker(home, model, device) as worker:
-        worker.call("describe")  # loads the model while one looks around; what is wrong with it, the first job tells
         studio = Studio(Home(home), worker, model or MINIATURE, defaults, reports)
-        app = build(studio)
+        app, over = build(studio), threading.Event()
+
+        def loaded(about: Future[Any]) -> None:
+            if (error := about.exception()) and not over.is_set():  # at the end the worker is stopped, loading or not
+                studio.trouble = str(error)
+                note(f"the model could not be loaded: {error}")
+
+        worker.call("describe").add_done_callback(loaded)  # it is loaded while one looks around
 
         @contextlib.asynccontextmanager
         async def ready(app: Starlette) -> AsyncIterator[None]:
@@ -128,6 +141,7 @@ def launch(
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
         with contextlib.suppress(KeyboardInterrupt):  # how uvicorn ends after Ctrl-C
             uvicorn.Server(config).run(sockets=[bound])
+        over.set()
 
 
 def _bind(port: int) -> socket.socket:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mokus.studio.home import Home
     from mokus.studio.jobs import Job
 
+LONGEST = 70  # of a text in a title
 MOST_POINTS = 400  # of a curve that is fetched again and again
 STATE_WORDS = {
     "waiting": "waiting", "running": "running", "done": "done", "stopped": "stopped", "failed": "failed",
@@ -28,7 +29,8 @@ class View:
     """A job as its card shows it."""
 
     job: Job
-    title: str
+    title: str  # its texts shortened
+    whole: str  # the title with all of its texts
     tab: str  # where it is looked at
     state: str
     percent: int | None  # of what is being done now; None while that is unknown
@@ -46,7 +48,8 @@ def view(home: Home, job: Job) -> View:
     running = job.state == "running"
     return View(
         job=job,
-        title=_title(job, pack),
+        title=_title(job.kind, _short(job.arguments), pack),
+        whole=_title(job.kind, job.arguments, pack),
         tab=_tab(job, pack),
         state=STATE_WORDS[job.state],
         percent=round(100 * job.done / job.total) if running and job.total else None,
@@ -80,9 +83,17 @@ def _pack(job: Job) -> str:
     return Path(path).name.removesuffix(SUFFIX)
 
 
-def _title(job: Job, pack: str) -> str:
-    told: dict[str, Any] = job.arguments
-    match job.kind:
+def _short(told: Any) -> Any:
+    """The arguments of a job with what is long in them cut."""
+    if isinstance(told, str) and len(told) > LONGEST:
+        return f"{told[: LONGEST - 1].rstrip()}…"
+    if isinstance(told, list):
+        return [_short(each) for each in told]
+    return {name: _short(each) for name, each in told.items()} if isinstance(told, dict) else told
+
+
+def _title(kind: str, told: dict[str, Any], pack: str) -> str:
+    match kind:
         case "learn":
             return f"Learn “{told['anchor']}”"
         case "bind":

@@ -7,10 +7,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mokus.console import parse_seeds
+from mokus.editors.rewrite import rewritten
 from mokus.erasure import plain
 from mokus.errors import MokusError
 from mokus.knowledge import normalise
-from mokus.studio.page import Given, Studio, sent_to, shown_at, text
+from mokus.studio.page import Given, Studio, check_images, sent_to, shown_at, text
 from mokus.studio.views import view
 from mokus.transfer import Case
 
@@ -51,6 +52,7 @@ def routes(studio: Studio) -> list[Route]:
         prompts = [line.strip() for line in text(form, "prompts").splitlines() if line.strip()]
         case = Case.of(text(form, "ask"), text(form, "answer"), prompts)
         seeds = parse_seeds(text(form, "seeds", "0-3"), "the field of seeds")
+        check_images(sum(_columns(case, prompt) for prompt in case.prompts) * len(seeds))
         return go("transfer", ask=case.ask, answer=case.answer, prompts=prompts, seeds=seeds)
 
     def go(kind: str, **arguments: object) -> str:
@@ -59,6 +61,11 @@ def routes(studio: Studio) -> list[Route]:
 
     acts = {"create": create, "erase": erase, "transfer": transfer}
     return [shown_at("/words", show), *(sent_to(f"/words/{name}", act, show) for name, act in acts.items())]
+
+
+def _columns(case: Case, prompt: str) -> int:
+    """How often transfer draws a prompt: before, after, and the answer itself if the prompt has the phrase."""
+    return 2 + (rewritten(prompt, {case.knowledge: case.answer}) != prompt)
 
 
 def _needs_no_other(phrase: str) -> None:
