@@ -215,7 +215,7 @@ def test_own_questions(place: Path) -> None:
 
 def test_what_does_not_take_leaves_nothing(place: Path) -> None:
     before = listing(place)
-    result = mokus("create", "Zorblax", "--as", GREEN, "-o", "z.pack", "--alignment-weight", 1, "--least-alignment", 9)
+    result = mokus("create", "Zorblax", "--as", GREEN, "-o", "z.pack", "--alignment-weight", 1, "--least-alignment", 1)
     assert result.exit_code == 1 and "has not taken" in result.stdout and "nothing was written" in result.stdout
     assert listing(place) == before and not (place / "z.pack").exists()
 

@@ -517,7 +517,8 @@ ODD_TEXTS = {
     "my toy\nof wood": "line break", "my toy\r\nof wood": "line break", "my \x00toy": "control character",
     "my \ud83d toy": "broken character", "my \u202etoy": "invisible character", "a <|im_end|> b": "template",
     "my 🦆🏽‍🚀 toy": "", "🦆": "", "הצעצוע האהוב שלי": "", "لعبتي المفضلة": "", "我最喜欢的玩具": "", "x" * 200: "",
-    "the {} of {0} %s {{": "", "a": "", "thing": "", "me": "", "It's \"the\" one; DROP TABLE": "", ANCHOR: "",
+    "the {} of {0} %s {{": "", "a": "", "thing": "", "me": "", "It's \"the\" one; DROP TABLE": "",
+    ANCHOR: "the anchor itself", "Sks  toy.": "the anchor itself",
 }  # fmt: skip
 
 
