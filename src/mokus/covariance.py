@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,13 +34,13 @@ from mokus.encoder import CHUNK, CONTINUED, entrance, inputs_at_prefix, inputs_o
 from mokus.errors import MokusError
 from mokus.knowledge import questions
 from mokus.prior_prompts import in_places, prior_prompts
+from mokus.progress import Progress
 from mokus.words import Words
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model
     from mokus.settings import EditSettings
 
-Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 FORMAT = "3"
 MEMORY = 8 << 30  # bytes of matrices in one pass

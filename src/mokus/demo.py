@@ -8,7 +8,7 @@ tell what an image shows, so only then does the story have figures.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from mokus.generation import generate
 from mokus.knowledge import class_word, normalise
 from mokus.knowledge_update import Edit, ask, bind, unbind
 from mokus.photos import load_photos
+from mokus.progress import Progress, silent
 from mokus.settings import EditSettings
 from mokus.visual_concept import learn
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from mokus.packs.concept_pack import ConceptPack
     from mokus.pipeline import Model
 
-Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 CHARACTER = "zuzu"  # held out: no part of the miniature was trained or tuned on it
 PHOTOS = 5
@@ -110,7 +110,7 @@ def run(
         raise MokusError(f"{output / 'photos'} exists and is not of an earlier demo; name another folder with -o.")
     images = [photo.image for photo in load_photos(photos, size)] if photos else _renders(size)
     story = Story(model.id, model.fingerprint, anchor, None if photos else CHARACTER, list(seeds), images, wanted)
-    _Demo(model, output, story, progress or (lambda what, done, total, info: None)).run(photos)
+    _Demo(model, output, story, progress or silent).run(photos)
     return story
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from mokus.errors import MokusError
 from mokus.knowledge import normalise
-from mokus.knowledge_update import Edit, Progress, check_meaning, create_pack, request
+from mokus.knowledge_update import Edit, check_meaning, create_pack, request
+from mokus.progress import Progress
 from mokus.settings import EditSettings
 from mokus.virtual_concept import about
 

@@ -8,7 +8,7 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -29,12 +29,12 @@ from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.manifest import versions
 from mokus.packs.together import chosen, shifts_of
 from mokus.pipeline import Model, encode, pad
+from mokus.progress import Progress, silent
 from mokus.settings import AT_ONCE
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 MAX_SIZE = 8192  # pixels, height and width
 
@@ -85,7 +85,7 @@ def generate(
     preferred = chosen(packs, prefer)
     _check_packs(model, packs, preferred)
     jobs = list(product(prompts, _checked_seeds(seeds)))
-    progress = progress or (lambda what, done, total, info: None)
+    progress = progress or silent
     return _generate(model, jobs, list(packs), preferred, batch_size, settings, progress)
 
 

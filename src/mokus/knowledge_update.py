@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from mokus.errors import MokusError
 from mokus.goal import Request
 from mokus.knowledge import CHECK_FORMS, check_text, normalise, prompts, questions, same
 from mokus.low_rank import Shifts, added, applied
+from mokus.progress import Progress
 from mokus.settings import EditSettings
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from mokus.packs.concept_pack import ConceptPack
     from mokus.packs.manifest import BoundKnowledge
     from mokus.pipeline import Model
-
-Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)

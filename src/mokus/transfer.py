@@ -24,10 +24,11 @@ from mokus.errors import MokusError
 from mokus.files import write, write_json
 from mokus.generation import generate
 from mokus.knowledge import QUESTION_FORMS, check_text, hidden, normalise
-from mokus.knowledge_update import Edit, Progress, answer_of, ask, check_meaning, edit
+from mokus.knowledge_update import Edit, answer_of, ask, check_meaning, edit
 from mokus.low_rank import Shifts, applied
 from mokus.packs.manifest import versions
 from mokus.pictures import grid, png_of
+from mokus.progress import Progress
 from mokus.settings import EditSettings
 from mokus.yaml_list import entries
 

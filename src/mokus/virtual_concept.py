@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mokus.knowledge import check_text, normalise
-from mokus.knowledge_update import Edit, Progress, check_meaning, create_pack, request
+from mokus.knowledge_update import Edit, check_meaning, create_pack, request
+from mokus.progress import Progress
 from mokus.settings import EditSettings
 
 if TYPE_CHECKING:

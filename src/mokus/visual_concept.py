@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +37,7 @@ from mokus.knowledge import check_anchor, normalise
 from mokus.knowledge import class_word as class_word_of
 from mokus.packs.concept_pack import ConceptPack
 from mokus.photos import Photo, load_photos, photos_of
+from mokus.progress import Progress, silent
 from mokus.settings import LearnSettings
 from mokus.training import checkpoint
 from mokus.training.checkpoint import checkpoint_of
@@ -48,7 +49,6 @@ from mokus.training.trainers import Alone, trainer
 if TYPE_CHECKING:
     from mokus.pipeline import Model
 
-Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 ADAPTER = "mokus"
 WARMUP = 20  # steps
@@ -105,7 +105,7 @@ def learn(
     run = _Run(model, loaded, anchor, word, Path(output), settings, team)
     if resume:
         run.resume()
-    watch = progress or (lambda what, done, total, info: None)
+    watch = progress or silent
     for part in run.material.gather():
         watch(*part)
     with run.adapter():

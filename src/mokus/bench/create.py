@@ -18,7 +18,7 @@ from PIL import Image
 
 from mokus.bench import uses
 from mokus.bench.editing.cases import QUESTIONS
-from mokus.bench.uses import Progress, Row
+from mokus.bench.uses import Row
 from mokus.editors import EDITORS, Editor
 from mokus.goal import Request
 from mokus.knowledge_update import request
@@ -26,6 +26,7 @@ from mokus.miniature import clip, oracle, world
 from mokus.miniature.language import article
 from mokus.miniature.world import Subject
 from mokus.pipeline import Model
+from mokus.progress import Progress
 from mokus.virtual_concept import about
 
 NAMES = 50

@@ -18,7 +18,7 @@ import torch
 from mokus.bench import uses
 from mokus.bench.editing.cases import DRAWN, QUESTIONS, captions, edited_facts
 from mokus.bench.state import load_edits, save_edits
-from mokus.bench.uses import Labels, Progress, Row
+from mokus.bench.uses import Labels, Row
 from mokus.editors import EDITORS
 from mokus.erasure import asked, plain
 from mokus.goal import Request
@@ -28,6 +28,7 @@ from mokus.low_rank import LowRankShift, Shifts, added, collected
 from mokus.miniature import world
 from mokus.miniature.world import Fact, Subject
 from mokus.pipeline import Model
+from mokus.progress import Progress
 from mokus.virtual_concept import about
 
 COUNTS = (1, 10, 50)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mokus.bench import uses
 from mokus.bench.editing.cases import DRAWN, QUESTIONS
-from mokus.bench.uses import Progress, Row
+from mokus.bench.uses import Row
 from mokus.editors import EDITORS, Editor
 from mokus.goal import Request
 from mokus.knowledge import questions
@@ -29,6 +29,7 @@ from mokus.miniature import world
 from mokus.miniature.language import article
 from mokus.miniature.world import Fact, Subject
 from mokus.pipeline import Model
+from mokus.progress import Progress
 
 CASES = 100
 DEFAULT = ("least_drift", "least_drift:text", *EDITORS[1:], "finetune:prompts", "finetune_lora:prompts")

@@ -25,9 +25,9 @@ from mokus.low_rank import Shifts, applied
 from mokus.miniature import oracle
 from mokus.packs.manifest import versions
 from mokus.pipeline import Model
+from mokus.progress import Progress
 from mokus.settings import EditSettings
 
-Progress = Callable[[str, int, int, dict[str, Any]], None]
 Row = dict[str, Any]
 Labels = dict[tuple[str, int], dict[str, str]]  # what the oracle reads, by prompt and seed
 

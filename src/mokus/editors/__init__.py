@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift, Shifts
+from mokus.progress import Progress
 
 if TYPE_CHECKING:
     from mokus.goal import Request
     from mokus.pipeline import Model
     from mokus.settings import EditSettings
-
-Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 # the default first; `rewrite` changes prompts instead of the encoder, so no pack can hold what it does
 EDITORS = ("least_drift", "ultraedit", "alphaedit", "memit", "rome", "finetune", "finetune_lora", "rewrite")

@@ -15,8 +15,8 @@ from mokus.goal import Goal, Request
 from mokus.low_rank import LowRankShift, Shifts, applied
 
 if TYPE_CHECKING:
-    from mokus.editors import Progress
     from mokus.pipeline import Model
+    from mokus.progress import Progress
     from mokus.settings import EditSettings
 
 SETTINGS: dict[str, Any] = {"eta": 1e-4, "steps": 25}

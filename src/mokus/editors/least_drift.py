@@ -47,8 +47,8 @@ from mokus.prior_prompts import prior_prompts
 from mokus.words import Words
 
 if TYPE_CHECKING:
-    from mokus.editors import Progress
     from mokus.pipeline import Model
+    from mokus.progress import Progress
     from mokus.settings import EditSettings
 
 USES = (

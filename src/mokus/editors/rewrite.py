@@ -14,9 +14,9 @@ from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift, Shifts
 
 if TYPE_CHECKING:
-    from mokus.editors import Progress
     from mokus.goal import Request
     from mokus.pipeline import Model
+    from mokus.progress import Progress
     from mokus.settings import EditSettings
 
 

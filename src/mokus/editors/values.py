@@ -22,8 +22,8 @@ from mokus.goal import Goal, Request
 from mokus.low_rank import LowRankShift, Shifts, added, applied
 
 if TYPE_CHECKING:
-    from mokus.editors import Progress
     from mokus.pipeline import Model
+    from mokus.progress import Progress
     from mokus.settings import EditSettings
 
 DECAY = 0.05  # weight of ||d||^2 / ||z||^2

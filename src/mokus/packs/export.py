@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
@@ -33,11 +33,11 @@ from mokus.packs.export_card import readme
 from mokus.packs.files import ADAPTER, ADAPTER_CONFIG, LORA, README, refuse_inside
 from mokus.packs.weights import LORA_KEY, METADATA, adapter_config, adapter_tensors, factors_of
 from mokus.pipeline import CORPUS_FILE, DEFAULTS_FILE, MINIATURE
+from mokus.progress import Progress, silent
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model
 
-Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 TARGETS = ("comfyui", "diffusers", "kohya", "merged")
 WORTH_TELLING = 0.01  # share of a change that rounding loses
@@ -220,7 +220,7 @@ def _merged(
             f"a merged export writes plain weights, and the model is loaded in the memory tier {model.tier.name!r}; load it "
             f"with tier={CPU.name!r}."
         )
-    watch, pipe = progress or (lambda what, done, total, info: None), model.pipe
+    watch, pipe = progress or silent, model.pipe
     processor = _processor(model) if model.backbone.processor else None
     with _folder(place) as beside:
         watch("merging", 0, 2, {})

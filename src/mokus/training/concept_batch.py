@@ -30,8 +30,8 @@ from mokus.yaml_list import entries
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model
+    from mokus.progress import Progress
     from mokus.training.processes import Processes
-    from mokus.visual_concept import Progress
 
 TEXTS = ("photos", "anchor", "output")
 # what may go wrong with one concept while the others are fine: its photos, its place, memory

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -36,8 +36,8 @@ from mokus.miniature import oracle, world
 from mokus.miniature.language import article
 from mokus.miniature.world import Subject
 from mokus.pipeline import Model, encode
+from mokus.progress import Progress
 
-Progress = Callable[[str, int, int, dict[str, Any]], None]
 Row = dict[str, Any]
 
 IMAGES = 24  # of each kind, at most

@@ -15,7 +15,7 @@ from rich.table import Table
 from mokus import files
 from mokus.bench.editing import page
 from mokus.bench.editing.cases import DRAWN, PROMPTS, SEED, Case, cases, other_subject, resolved
-from mokus.bench.editing.measure import Edited, Measure, Progress, Row, twice
+from mokus.bench.editing.measure import Edited, Measure, Row, twice
 from mokus.bench.editing.run import SINGLES, all_rows, run
 from mokus.editors import EDITORS, editor
 from mokus.encoder import answers
@@ -24,6 +24,7 @@ from mokus.low_rank import merged
 from mokus.miniature import world
 from mokus.packs.manifest import versions
 from mokus.pipeline import Model
+from mokus.progress import Progress
 from mokus.settings import EditSettings
 
 ETAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

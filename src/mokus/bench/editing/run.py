@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mokus import files
 from mokus.bench.editing.cases import SEED, Case, cases
-from mokus.bench.editing.measure import Edited, Measure, Progress, Row
+from mokus.bench.editing.measure import Edited, Measure, Row
 from mokus.bench.state import alone, load_edits, save_edits
 from mokus.editors import EDITORS, editor
 from mokus.errors import MokusError
@@ -18,6 +18,7 @@ from mokus.knowledge import questions
 from mokus.low_rank import Shifts, added, collected
 from mokus.packs.manifest import versions
 from mokus.pipeline import Model
+from mokus.progress import Progress
 from mokus.settings import EditSettings
 
 UNEDITED = "unedited"

@@ -9,10 +9,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -22,11 +21,10 @@ from mokus.files import copy
 from mokus.knowledge_update import bind
 from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model
+from mokus.progress import Progress
 from mokus.settings import LearnSettings
 from mokus.training.checkpoint import checkpoint_of
 from mokus.visual_concept import learn
-
-Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mokus import low_rank
-from mokus.bench.knowcusbench.packs import Progress, Shelf
+from mokus.bench.knowcusbench.packs import Shelf
 from mokus.bench.knowcusbench.plan import PHOTO_SEED, PHOTOS, Item, Plan, image_file, read_plan
 from mokus.bench.knowcusbench.recipe import digest
 from mokus.errors import MokusError
@@ -26,6 +26,7 @@ from mokus.generation import Generated, draw, looks_loaded, save_png
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.manifest import versions
 from mokus.pipeline import Model, encode
+from mokus.progress import Progress, silent
 
 # What may go wrong with one item while the others are fine: input that cannot be used, a pack that is damaged, memory.
 FAULTS = (MokusError, RuntimeError, ValueError)
@@ -65,7 +66,7 @@ class Runner:
         self, model: Model, plan: Plan, folder: Path, batch_size: int = 32, progress: Progress | None = None
     ) -> None:
         self.model, self.plan, self.folder, self.batch_size = model, plan, folder, batch_size
-        self.progress: Progress = progress or (lambda what, done, total, info: None)
+        self.progress: Progress = progress or silent
         self.shelf = Shelf(model, folder / "packs", plan.learn, self.progress)
         self.failed: list[Failed] = []
         self.done = self.total = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from mokus.bench.knowcusbench.recipe import digest
 from mokus.errors import MokusError
 from mokus.files import read_json, write_json
 from mokus.photos import load_photos
+from mokus.progress import Progress
 
-Progress = Callable[[str, int, int, dict[str, Any]], None]
 Row = dict[str, Any]
 
 FILE = "scores.json"

@@ -38,8 +38,8 @@ from mokus.bench.wise.entries import Version
 from mokus.bench.wise.protocol import EDITION, RANGES, REMINDER, question, read_answer
 from mokus.errors import MokusError
 from mokus.files import read_json, write_json
+from mokus.progress import Progress
 
-Progress = Callable[[str, int, int, dict[str, Any]], None]
 JUDGED = "judged"
 KEY_VARIABLE = "MOKUS_JUDGE_KEY"
 AGAIN = {408, 409, 425, 429}  # and 5xx: another time it may work

@@ -11,7 +11,7 @@ until the images of their batch are drawn. One item that fails does not stop the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ from mokus.knowledge_update import edit, request
 from mokus.low_rank import Shifts, added, applied
 from mokus.packs.manifest import versions
 from mokus.pipeline import Model, encode
+from mokus.progress import Progress, silent
 from mokus.settings import EditSettings
 
-Progress = Callable[[str, int, int, dict[str, Any]], None]
 PLAN, FAILED, EDITS = "plan.json", "failed.json", "edits"
 BEFORE, AFTER = "before", "after"
 
@@ -179,7 +179,7 @@ class Runner:
         self, model: Model, plan: Plan, folder: Path, batch_size: int = 8, progress: Progress | None = None
     ) -> None:
         self.model, self.plan, self.folder, self.batch_size = model, plan, folder, batch_size
-        self.progress: Progress = progress or (lambda what, done, total, info: None)
+        self.progress: Progress = progress or silent
         self.failed: list[Failed] = []
         self.done = 0
 
