@@ -337,6 +337,7 @@ def test_damaged_configs_are_one_sentence(
     "given, words",
     [
         (["--resolution", "10000000"], "at most 8192 pixels"),
+        (["--batch-size", "10000000000"], "Invalid value for '--batch-size'"),
         (["--task", "paint"], "--task got 'paint'"),
         (["--gpu-memory", "-3"], "--gpu-memory got -3"),
         (["--gpu", "H100"], "goes with --gpu-memory"),

@@ -54,7 +54,7 @@ def doctor(
     resolution: Annotated[
         int | None, typer.Option(help="Height and width, pixels.", show_default="the model's", min=1)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images drawn at a time.", min=1)] = AT_ONCE,
+    batch_size: Annotated[int, typer.Option(help="Images drawn at a time.", min=1, max=1024)] = AT_ONCE,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.", show_default="a GPU if there is one")] = None,
     gpu_memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Plan for a GPU with so much memory, which need not be here.")
