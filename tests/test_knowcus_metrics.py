@@ -378,6 +378,16 @@ def test_misses_are_none_and_counted(encoder: Encoder) -> None:
     assert ClipISeg(encoder, Told(box=(0, 0, 0, 0)))([shown]) == [none]  # an empty mask is a miss too
 
 
+def test_exact_masks_of_references_are_used_in_the_segmenters_place(encoder: Encoder) -> None:
+    image, photos = picture(0), (picture(1), picture(2))
+    told = Told(empty=photos)  # it would find nothing in them
+    masks = tuple(mask for mask in Told().masks(photos, "toy") if mask)
+    exact = Shown(image, "a", "b", "toy", "x", photos, {}, masks)
+    (found,) = ClipISeg(encoder, told)([exact])
+    assert found == ClipISeg(encoder, Told())([Shown(image, "a", "b", "toy", "x", photos, {})])[0]
+    assert told.words == ["toy"]  # of the image alone
+
+
 def test_each_class_word_is_looked_for_in_its_own_images(encoder: Encoder) -> None:
     told = Told()
     metric = ClipISeg(encoder, told)

@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,22 @@ def score(
     return scores.data()
 
 
+@dataclass(frozen=True)
+class References:
+    """The photos that a concept was learned from, and exact masks of what they show: of renders, else none."""
+
+    images: tuple[Image.Image, ...]
+    masks: tuple[Image.Image, ...] = ()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the photos."""
+        return hashlib.sha256(b"".join(image.tobytes() for image in self.images)).hexdigest()
+
+
 def references(
     concept: Concept, roots: Mapping[str, Path], photos: Mapping[str, int], size: int = REFERENCE_SIZE
-) -> tuple[Image.Image, ...]:
+) -> References:
     """The photos that a concept was learned from, size x size; renders are in their own size.
 
     `photos`: {"n", "seed"} of renders. Raises `MokusError` if they are not there.
@@ -79,9 +93,10 @@ def references(
     if concept.source == RENDERED:
         from mokus.miniature import world
 
-        return tuple(world.character_photos(concept.name, photos["n"], photos["seed"], world.SIZE))
+        both = world.character_photos_with_masks(concept.name, photos["n"], photos["seed"], world.SIZE)
+        return References(tuple(photo for photo, _ in both), tuple(mask for _, mask in both))
     _check_named(concept, roots)
-    return tuple(photo.image for photo in load_photos(roots[concept.source] / concept.name, size))
+    return References(tuple(photo.image for photo in load_photos(roots[concept.source] / concept.name, size)))
 
 
 @dataclass
@@ -90,7 +105,7 @@ class _Row:
 
     item: dict[str, Any]  # one of the plan's
     concept: Concept
-    references: tuple[Image.Image, ...]
+    references: References
     seen: str
     values: dict[str, float | None]
 
@@ -125,10 +140,10 @@ class _Scores:
                 self._miss(item, fault)
                 continue
             self._items.setdefault(item["key"], []).append(item)
-            concept, images, sha256 = photos[item["concept"]]
+            concept, shown = photos[item["concept"]]
             asked = [item[name] for name in ("key", "prompt", "class_prompt", "concept", "expected")]
-            seen = digest(asked, concept.class_word, sha256)[:16]
-            rows[seen] = _Row(item, concept, images, seen, _values(known.get(seen, {})))
+            seen = digest(asked, concept.class_word, shown.sha256)[:16]
+            rows[seen] = _Row(item, concept, shown, seen, _values(known.get(seen, {})))
         # rows of one image beside each other, so that it is embedded once
         order = {key: place for place, key in enumerate(self._items)}
         self.rows = sorted(rows.values(), key=lambda row: order[row.item["key"]])
@@ -151,7 +166,7 @@ class _Scores:
             if image := images[item["key"]]:
                 yield row, Shown(
                     image, item["prompt"], item["class_prompt"], row.concept.class_word, row.concept.name,
-                    row.references, item["expected"],
+                    row.references.images, item["expected"], row.references.masks,
                 )  # fmt: skip
 
     def save_after(self, seconds: float) -> None:
@@ -182,11 +197,11 @@ class _Scores:
 
 
 class _References:
-    """Concepts with their photos and the photos' hash, read once; `fault` comes before the concept itself."""
+    """Concepts with their photos, read once; `fault` comes before the concept itself."""
 
     def __init__(self, concepts: dict[str, Concept], roots: Mapping[str, Path], photos: Mapping[str, int]) -> None:
         self._concepts, self._roots, self._photos = concepts, roots, photos
-        self._known: dict[str, tuple[Concept, tuple[Image.Image, ...], str]] = {}
+        self._known: dict[str, tuple[Concept, References]] = {}
         self._faults: dict[str, str] = {}
 
     def fault(self, name: str) -> str:
@@ -195,17 +210,13 @@ class _References:
         _check_named(concept, self._roots)
         if name not in self._known and name not in self._faults:
             try:
-                self._known[name] = self._read(concept)
+                self._known[name] = concept, references(concept, self._roots, self._photos)
             except MokusError as error:
                 self._faults[name] = str(error)
         return self._faults.get(name, "")
 
-    def __getitem__(self, name: str) -> tuple[Concept, tuple[Image.Image, ...], str]:
+    def __getitem__(self, name: str) -> tuple[Concept, References]:
         return self._known[name]
-
-    def _read(self, concept: Concept) -> tuple[Concept, tuple[Image.Image, ...], str]:
-        images = references(concept, self._roots, self._photos)
-        return concept, images, hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
 
 
 def _check_named(concept: Concept, roots: Mapping[str, Path]) -> None:

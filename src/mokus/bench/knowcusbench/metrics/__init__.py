@@ -42,6 +42,7 @@ class Shown:
     concept: str
     references: tuple[Image.Image, ...]  # the same object for all images of a concept: what is known of it is kept
     expected: Mapping[str, str]  # what the oracle shall read; empty: nothing
+    masks: tuple[Image.Image, ...] = ()  # of the references' subjects, mode L, where they are known exactly: of renders
 
 
 class Metric(Protocol):

@@ -166,15 +166,18 @@ def distinct(images: Sequence[Image.Image]) -> tuple[list[Image.Image], list[int
 
 
 class OfReferences(Generic[T]):
-    """What is computed of a concept's references, kept for each tuple of them and each further argument."""
+    """What is computed of a concept's references, kept for each tuple of them and each further word.
+
+    What is given by name belongs to the references, such as their masks, and does not tell them apart.
+    """
 
     def __init__(self, compute: Callable[..., T]) -> None:
         self._compute = compute
         # the tuple is kept as well, so that no other one gets its identity
         self._known: dict[tuple[Any, ...], tuple[tuple[Image.Image, ...], T]] = {}
 
-    def __call__(self, references: tuple[Image.Image, ...], *further: str) -> T:
+    def __call__(self, references: tuple[Image.Image, ...], *further: str, **beside: Any) -> T:
         key = (id(references), *further)
         if key not in self._known:
-            self._known[key] = (references, self._compute(references, *further))
+            self._known[key] = (references, self._compute(references, *further, **beside))
         return self._known[key][1]

@@ -3,6 +3,8 @@
 clip_i_seg_source             only the references are cut out
 clip_i_seg_both               the image as well; None if nothing of the class is found in it
 clip_i_seg_references_missed  references in which nothing was found: they are not compared with; if it is all, both are None
+
+Renders are cut out by their exact masks, photos and the images by the segmenter.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class ClipISeg:
         self.encoder, self.segmenter = encoder, segmenter
         self.about = {
             **encoder.about, **{f"segmenter_{key}": value for key, value in segmenter.about.items()},
-            "background": "white",
+            "background": "white", "references": "by exact masks where there are some, else by the segmenter",
         }  # fmt: skip
         self._references = OfReferences(self._embedded_references)
 
@@ -56,7 +58,7 @@ class ClipISeg:
         cut = dict(zip(found, self.encoder.images(list(found.values())) if found else (), strict=True))
         values: list[Values] = []
         for i, each in enumerate(shown):
-            references = self._references(each.references, each.class_word)
+            references = self._references(each.references, each.class_word, masks=each.masks)
             values.append({
                 "clip_i_seg_source": _mean_cosine(whole[i], references),
                 "clip_i_seg_both": _mean_cosine(cut.get(i), references),
@@ -72,9 +74,15 @@ class ClipISeg:
             parts |= zip(of_word, self._cut([shown[i].image for i in of_word], word), strict=True)
         return [parts[i] for i in range(len(shown))]
 
-    def _embedded_references(self, references: tuple[Image.Image, ...], class_word: str) -> Tensor:
-        """Embeddings (n, d) of the references in which something was found."""
-        found = [part for part in self._cut(references, class_word) if part is not None]
+    def _embedded_references(
+        self, references: tuple[Image.Image, ...], class_word: str, masks: tuple[Image.Image, ...]
+    ) -> Tensor:
+        """Embeddings (n, d) of the references in which something was found; by their masks, if there are some."""
+        if masks:
+            parts = [on_white(image, mask) for image, mask in zip(references, masks, strict=True)]
+        else:
+            parts = self._cut(references, class_word)
+        found = [part for part in parts if part is not None]
         return self.encoder.images(found) if found else torch.zeros(0, 0)
 
     def _cut(self, images: Sequence[Image.Image], class_word: str) -> list[Image.Image | None]:
