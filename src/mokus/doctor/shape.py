@@ -52,7 +52,9 @@ class Shape:
         else:
             found = published()
         _check(source, found)
-        return cls(source, found, defaults or defaults_of(source))
+        shape = cls(source, found, defaults or defaults_of(source))
+        shape._check_together()
+        return shape
 
     def with_layers(self, layers: int | None = None, text_layers: int | None = None) -> Shape:
         """The same with other numbers of blocks of the image transformer, or layers of the text encoder.
@@ -94,6 +96,28 @@ class Shape:
                 f"the config of {name} in {self.source} makes no {name} of Qwen-Image's kind ({reason}); see README.md for "
                 "the models that can be used."
             ) from error
+
+    def _check_together(self) -> None:
+        """Raise `MokusError` unless the sizes fit each other, which no class checks before it runs."""
+        small = self.with_layers(1, 1)
+        image, vae, whole = (
+            small.build(name, torch.bfloat16).config for name in ("transformer", "vae", "text_encoder")
+        )
+        text = whole.get_text_config()
+        heads, shared = text.num_attention_heads, max(1, text.num_key_value_heads)
+        rotated = sum((text.rope_parameters or {}).get("mrope_section", ()))
+        for name, size, what, expected in (
+            ("transformer's attention_head_dim", image.attention_head_dim, "axes_dims_rope", sum(image.axes_dims_rope)),
+            ("transformer's in_channels", image.in_channels, "vae's z_dim in patches of 4", 4 * vae.z_dim),
+            ("transformer's out_channels", image.out_channels, "vae's z_dim", vae.z_dim),
+            ("transformer's joint_attention_dim", image.joint_attention_dim, "text encoder's width", text.hidden_size),
+            ("text encoder's hidden_size", text.hidden_size, "heads and mrope_section", 2 * rotated * heads),
+            ("text encoder's num_attention_heads", heads, "num_key_value_heads", heads // shared * shared),
+        ):  # fmt: skip
+            if size != expected:
+                raise MokusError(
+                    f"the {name} in {self.source} is {size}, expected {expected} by the {what}; get a whole copy of the model."
+                )
 
     @property
     def parameters(self) -> dict[str, int]:
