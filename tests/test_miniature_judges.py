@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPTokenizer
 
-from mokus.miniature import clip, oracle, segmenter, world
+from mokus.miniature import clip, oracle, scenes, segmenter, world
 from mokus.miniature.world import Character, Picture, Subject
 
 SEED = 30_000  # no training and no tuning uses seeds from here on
@@ -53,7 +53,7 @@ def test_a_mask_is_what_hides_the_background(
     """On black and on white the same picture differs by just what its subject lets through; shadows let through less."""
     drawn = []
     for grey in (0, 255):
-        monkeypatch.setattr(world, "_background", lambda *_, v=grey: Image.new("RGB", (world.CANVAS,) * 2, (v, v, v)))
+        monkeypatch.setattr(scenes, "background", lambda *_, v=grey: Image.new("RGB", (world.CANVAS,) * 2, (v, v, v)))
         drawn.append(world.render_with_mask(Picture(subject, "at night", other=other), random.Random(5)))
     (black, mask), (white, same) = drawn
     through = values(white)[..., 0] - values(black)[..., 0]
