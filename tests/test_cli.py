@@ -471,3 +471,14 @@ def test_ctrl_c_and_resume(place: Path, photos: Path) -> None:
     good(*learn, "-o", "toy.pack", "--resume")
     assert ConceptPack.open(place / "toy.pack").settings["steps"] == 40
     assert not checkpoint.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["generate hello", "demo", "transfer", "bench editing", "bench transfer", "bench create", "bench erase",
+                "bench knowcus run", "bench wise run"],
+)  # fmt: skip
+def test_a_file_is_no_folder_for_results_which_is_said_before_any_work(command: str, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    result = mokus(*command.split(), "-o", str(tmp_path / "thesis.txt"))
+    assert result.exit_code == 2 and "is a file" in " ".join(result.output.split()), result.output
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mokus.bench import bootstrap
 from mokus.bench.knowcusbench import aggregate as figures
 from mokus.bench.knowcusbench import paper, report, report_charts, report_images
 from mokus.bench.knowcusbench.aggregate import aggregate, load_run
@@ -405,7 +406,7 @@ def test_what_others_write_is_text(tmp_path: Path, where: str) -> None:
 def test_the_same_run_gives_the_same_bytes(whole: Folder) -> None:
     whole.dump("ablation.json", {"sweeps": SWEEPS})
     first = [path.read_bytes() for path in report.write(whole.path)[1]]
-    figures._draws.cache_clear()
+    bootstrap.draws.cache_clear()
     assert [path.read_bytes() for path in report.write(whole.path)[1]] == first
 
 

@@ -238,7 +238,11 @@ def generate(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="Folder of the images; what is there of other settings stays."
+            "--output",
+            "-o",
+            metavar="DIR",
+            file_okay=False,
+            help="Folder of the images; what is there of other settings stays.",
         ),
     ] = Path("outputs"),
     pack: PackOption = None,
@@ -289,7 +293,9 @@ def generate(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the report.")] = Path("demo"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Folder of the report.")
+    ] = Path("demo"),
     photos: Annotated[Path | None, typer.Option(help="Your own photos.", show_default="5 rendered ones")] = None,
     anchor: Annotated[str, typer.Option(help="A rare token and the class word.")] = "sks toy",
     knowledge: Annotated[

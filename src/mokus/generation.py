@@ -28,7 +28,7 @@ from mokus.knowledge import check_encodable, check_text
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.manifest import versions
 from mokus.packs.together import chosen, shifts_of
-from mokus.pipeline import Model, encode, pad
+from mokus.pipeline import Model, check_bare, encode, pad
 from mokus.progress import Progress, silent
 from mokus.settings import AT_ONCE
 
@@ -202,7 +202,7 @@ def looks_loaded(model: Model, packs: Sequence[ConceptPack]) -> Iterator[None]:
     if not loras:
         yield
         return
-    _check_bare(model)
+    check_bare(model)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
@@ -212,13 +212,6 @@ def looks_loaded(model: Model, packs: Sequence[ConceptPack]) -> Iterator[None]:
         yield
     finally:
         model.pipe.unload_lora_weights()
-
-
-def _check_bare(model: Model) -> None:
-    if getattr(model.pipe.transformer, "peft_config", None):  # adapters that would be switched off and then removed
-        raise MokusError(
-            "the image transformer has adapters already; remove them with model.pipe.unload_lora_weights()."
-        )
 
 
 def provenance(model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack | None = None) -> dict[str, Any]:
@@ -289,7 +282,7 @@ def _check_packs(model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack
         pack.check_base(model)
     shifts_of(packs, prefer)
     if any(pack.lora() for pack in packs):
-        _check_bare(model)
+        check_bare(model)
 
 
 # --- files ---------------------------------------------------------

@@ -224,6 +224,14 @@ def _fitting(source: str, defaults: Defaults, device: torch.device, dtype: torch
     return fitting(Shape.of(source, defaults), free, dtype)
 
 
+def check_bare(model: Model) -> None:
+    """Raise `MokusError` if the image transformer has adapters, which ours would switch off and then take away."""
+    if getattr(model.pipe.transformer, "peft_config", None):
+        raise MokusError(
+            "the image transformer has adapters already; remove them with model.pipe.unload_lora_weights()."
+        )
+
+
 def encode(model: Model, prompts: Sequence[str]) -> list[Tensor]:
     """What the image transformer is told of each prompt: hidden states (s, d), the assistant tail's last.
 

@@ -120,7 +120,8 @@ def transfer(
     ] = None,
     *,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of grid.png and results.json.")
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Folder of grid.png and results.json."),
     ] = Path("transfer"),
     seeds: SeedsOption = "0-3",
     model: ModelOption = None,

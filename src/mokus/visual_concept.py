@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -37,6 +37,7 @@ from mokus.knowledge import check_anchor, normalise
 from mokus.knowledge import class_word as class_word_of
 from mokus.packs.concept_pack import ConceptPack
 from mokus.photos import Photo, load_photos, photos_of
+from mokus.pipeline import Model, check_bare
 from mokus.progress import Progress, silent
 from mokus.settings import LearnSettings
 from mokus.training import checkpoint
@@ -45,10 +46,6 @@ from mokus.training.compiled import blocks_compiled, check_compiler
 from mokus.training.material import LENDERS, Material
 from mokus.training.processes import Processes
 from mokus.training.trainers import Alone, trainer
-
-if TYPE_CHECKING:
-    from mokus.pipeline import Model
-
 
 ADAPTER = "mokus"
 WARMUP = 20  # steps
@@ -127,12 +124,8 @@ def learn(
 
 def _check_transformer(model: Model, targets: Sequence[str]) -> None:
     """Refuse adapters that are there already, and names of projections that are not."""
-    transformer = model.pipe.transformer
-    if getattr(transformer, "peft_config", None):
-        raise MokusError(
-            "the image transformer has an adapter already; remove it with model.pipe.unload_lora_weights()."
-        )
-    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    check_bare(model)
+    names = [name for name, module in model.pipe.transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             there = ", ".join(sorted({_ending(name) for name in names if "attn" in name or "attention" in name}))

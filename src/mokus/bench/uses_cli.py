@@ -16,7 +16,10 @@ ModelOption = Annotated[
     typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature", help="A model of the miniature's world."),
 ]  # fmt: skip
 OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of results; a stopped run goes on there.")
+    Path,
+    typer.Option(
+        "--output", "-o", metavar="DIR", file_okay=False, help="Folder of results; a stopped run goes on there."
+    ),
 ]
 DEFAULT = EditSettings().editor
 EditorOption = Annotated[str, typer.Option("--editor", help="Which editor.")]

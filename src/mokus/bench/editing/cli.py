@@ -12,7 +12,10 @@ from mokus.console import Bars, JsonOption, ModelOption, load_model, parse_count
 
 def editing(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of results; a stopped run goes on there.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", file_okay=False, help="Folder of results; a stopped run goes on there."
+        ),
     ] = Path("editing"),
     editors: Annotated[
         str | None, typer.Option(help="Which, with commas between them.", show_default="all of them")

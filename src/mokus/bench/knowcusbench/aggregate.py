@@ -35,17 +35,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mokus.bench import bootstrap
+from mokus.bench.bootstrap import RESAMPLES, SEED, Interval
 from mokus.errors import MokusError
 from mokus.files import read_json
 
-RESAMPLES, SEED, LEVEL = 10_000, 0, 0.95
 KINDS = ("reconstruction", "generation")
 REFERENCES = ("mokus", "anchor")
 TRAINED = "training_seconds"  # of a sweep, besides the columns
@@ -55,7 +56,6 @@ ASKED = "oracle_asked"  # the one column that is null, too, where there is nothi
 CUT_MISSED = "clip_i_seg_references_missed"  # in scores.json, but no metric
 NOT_DRAWN = "not drawn"  # in scores.json, of items that nothing is wrong with
 
-Interval = tuple[float, float]
 Values = Mapping[str, Sequence[float]]  # by concept
 Row = dict[str, Any]
 
@@ -280,21 +280,11 @@ def micro(values: Values) -> float | None:
 
 def interval(values: Values, resamples: int = RESAMPLES, seed: int = SEED) -> Interval | None:
     """The macro mean's 95 % interval over concepts, which are drawn with replacement; None if there is only one."""
-    if len(values) < 2:
-        return None
-    drawn = _means(values)[_draws(len(values), resamples, seed)].mean(axis=1)  # (resamples,)
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return bootstrap.interval(_means(values), resamples, seed)
 
 
 def _means(values: Values) -> NDArray[np.float64]:
     return np.array([np.mean(values[concept]) for concept in sorted(values)])
-
-
-@lru_cache(maxsize=8)
-def _draws(n: int, resamples: int, seed: int) -> NDArray[np.int64]:
-    """Which of n concepts each resample holds (resamples, n): the same for all columns, so that they agree."""
-    return np.random.default_rng(seed).integers(0, n, (resamples, n))
 
 
 def _grouped(pairs: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
@@ -374,7 +364,7 @@ def aggregate(run: Run) -> Row:
     about = ("suite", "suite_sha256", "model", "fingerprint", "seeds", "versions", "settings")
     return {
         **{name: run.plan.get(name) for name in about}, "methods": run.methods, "commands": commands(run.plan),
-        "metrics": run.metrics, "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "level": LEVEL},
+        "metrics": run.metrics, "bootstrap": bootstrap.about(),
         "fidelity": run.fidelity.key, "counts": [_counted(run, method) for method in run.methods],
         "scores": [row for kind in KINDS for method in run.methods for row in _scores(run, method, kind)],
         "by_concept": [row for kind in KINDS for method in run.methods for row in _by_concept(run, method, kind)],

@@ -40,7 +40,7 @@ knowcus = typer.Typer(cls=Commands, no_args_is_help=True, help="KnowCusBench: kn
 
 SuiteOption = Annotated[str, typer.Option(help="miniature, knowcus, or a file in the same schema (YAML or JSON).")]
 FolderOption = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the run; it resumes there.")
+    Path, typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Folder of the run; it resumes there.")
 ]
 DreamBenchOption = Annotated[
     Path | None, typer.Option("--dreambench", metavar="DIR", help="Folder of DreamBench's photos.")

@@ -10,13 +10,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from mokus.bench.bootstrap import RESAMPLES, SEED
 from mokus.bench.knowcusbench import paper
 from mokus.bench.knowcusbench.aggregate import (
     BY_KEY,
     COLUMNS,
     KINDS,
-    RESAMPLES,
-    SEED,
     Column,
     Row,
     Run,

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from mokus.bench.bootstrap import Interval
 from mokus.bench.editing.charts import MARKERS
-from mokus.bench.knowcusbench.aggregate import Column, Interval, share
+from mokus.bench.knowcusbench.aggregate import Column, share
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 380, 236, 44, 374, 12, 202
 _APART = 11.0  # at most, between points of the same place

@@ -8,7 +8,8 @@ from html import escape
 
 from PIL import Image
 
-from mokus.bench.knowcusbench.aggregate import COLUMNS, KINDS, SEED, Run, Sample
+from mokus.bench.bootstrap import SEED
+from mokus.bench.knowcusbench.aggregate import COLUMNS, KINDS, Run, Sample
 from mokus.bench.knowcusbench.plan import image_file
 from mokus.html import img
 

@@ -23,7 +23,7 @@ wise = typer.Typer(cls=Commands, no_args_is_help=True, help="WISE: what a vision
 MINIATURE = "miniature"
 
 OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the run; it resumes there.")
+    Path, typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Folder of the run; it resumes there.")
 ]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run.")]
 JudgeOption = Annotated[

@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from mokus.bench import bootstrap
 from mokus.bench.wise.entries import FIELDS, Version
 from mokus.bench.wise.judge import Judgement, Question, read_judgement
 from mokus.bench.wise.run import AFTER, BEFORE
 
 Row = dict[str, Any]
 Scores = dict[str, int]
-RESAMPLES, SEED, LEVEL = 2000, 0, 0.95
+RESAMPLES = 2000  # of entries
 WEIGHTS: dict[Version, dict[str, float]] = {
     "legacy": {"culture": 0.4, "time": 0.167, "space": 0.133, "biology": 0.1, "physics": 0.1, "chemistry": 0.1},
     "verified": {"culture": 0.4, "time": 0.12, "space": 0.12, "biology": 0.12, "physics": 0.12, "chemistry": 0.12},
@@ -89,7 +90,7 @@ def results(plan: Row, judgements: Judged, protocols: Sequence[str]) -> Row:
         "variants": {v.name: _variant(plan, judgements, v) for v in VARIANTS if v.protocol in used},
         "parts": {v.name: _variant(plan, judgements, v) for v in PARTS if v.protocol in used},
         "judgements": {"scored": scored, "failed": failed, "missing": wanted - scored - failed},
-        "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "level": LEVEL},
+        "bootstrap": bootstrap.about(RESAMPLES),
     }
 
 
@@ -145,11 +146,8 @@ def _figures(entries: Sequence[Row], pairs: Pairs) -> Row:
 
 def _interval(differences: Any) -> list[float] | None:
     """The mean difference's 95 % percentile bootstrap over entries; None if there is only one."""
-    n = len(differences)
-    if n < 2:
-        return None
-    drawn = differences[np.random.default_rng(SEED).integers(0, n, (RESAMPLES, n))].mean(axis=1)
-    return [float(value) for value in np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+    found = bootstrap.interval(differences, RESAMPLES)
+    return None if found is None else list(found)
 
 
 def _overall(fields: Iterable[Row], weights: dict[str, float]) -> Row | None:
