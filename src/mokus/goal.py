@@ -94,24 +94,13 @@ class Goal:
         self, model: Model, request: Request, forms: Sequence[str] = IMAGE_FORMS, continued: bool = True,
         meaning: Meaning | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.encoder, tokenizer = model, model.pipe.text_encoder, model.tokenizer
+        self.model, self.encoder, self.tail = model, model.pipe.text_encoder, tail_length(model)
         images = request.prompts(forms)
         meaning = meaning or Meaning.of(model, request.says, forms, continued)
-        whole = meaning.continued * len(request.names)
-        said = [_up_to(request.answer, text) for text in whole]
-        ended = [
-            request.answer not in text and len(tokenizer(text, add_special_tokens=False).input_ids) < CONTINUED
-            for text in whole
-        ]
-        self.questions, self.tail = len(request.questions), tail_length(model)
-        expected = [
-            [*tokenizer(text, add_special_tokens=False).input_ids[: CONTINUED if i >= self.questions else None]]
-            + [tokenizer.eos_token_id] * end  # not where the continuation was cut off
-            for i, (text, end) in enumerate(
-                zip([request.answer] * self.questions + said, [True] * self.questions + ended, strict=True)
-            )
-        ]
-        expected += [[]] * (len(images) - len(said))
+        self.questions = len(request.questions)
+        answer = [*_ids(model, request.answer), model.tokenizer.eos_token_id]
+        said = [_continuation(model, request.answer, text) for text in meaning.continued * len(request.names)]
+        expected = [*[answer] * self.questions, *(said or [[]] * len(images))]
         rows = [
             Rows.of(model, [text], ids[:-1]) for text, ids in zip([*request.questions, *images], expected, strict=True)
         ]
@@ -169,7 +158,12 @@ class Goal:
         return each[: self.questions].mean(), each[self.images].mean()
 
 
-def _up_to(answer: str, text: str) -> str:
-    """The text up to the end of the answer, if that is in it."""
+def _continuation(model: Model, answer: str, text: str) -> list[int]:
+    """What is expected behind an image prompt: the text up to the answer in it, or all of it and its end if that was reached."""
     before, found, _ = text.partition(answer)
-    return before + found
+    ended = not found and len(_ids(model, text)) < CONTINUED
+    return _ids(model, before + found)[:CONTINUED] + [model.tokenizer.eos_token_id] * ended
+
+
+def _ids(model: Model, text: str) -> list[int]:
+    return list(model.tokenizer(text, add_special_tokens=False).input_ids)
