@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mokus import pipeline
 from mokus.erasure import asked, erase, plain, possessive
 from mokus.errors import MokusError
 from mokus.generation import generate
@@ -149,11 +150,43 @@ def test_a_run_goes_on_where_it_was_stopped(pico: Model, tmp_path: Path, monkeyp
     monkeypatch.setattr(bench, "JUDGED", 1)
     monkeypatch.setattr(bench, "CAPTIONS", 1)
     first = bench.run(pico, tmp_path, "rewrite", [2])
-    assert [row["erasures"] for row in first["rows"]] == [2]
-    assert all(0 <= row["H"] <= 1 for row in first["rows"])
+    (row,) = first["rows"]
+    assert row["erasures"] == 2 and 0 <= row["text_kept"] <= 1
+    # nothing leads to the old thing in a random model, so there is no leakage to speak of, nor an H
+    assert row["paraphrase_before"] == 0 and row["paraphrase"] is row["H"] is None
+    assert "paraphrase leakage, 2 at once: not measured" in bench.summary(first)
     monkeypatch.setattr(bench, "_measured", None)  # what is done is not done again
     assert bench.run(pico, tmp_path, "rewrite", [2]) == first
     assert "paraphrase leakage" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_what_is_kept_is_in_no_corpus_and_was_never_tuned_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mokus.bench import erase as bench
+    from mokus.miniature import world
+
+    asked: list[str] = []
+
+    def same(model: Model, kind: str, texts: list[str], prompts: list[str], *rest: object) -> dict[str, float]:
+        asked.extend([*texts, *prompts])
+        return {f"text_kept_{kind}": 1.0, f"kept_{kind}": 1.0}
+
+    monkeypatch.setattr(bench, "_same", same)
+    model = pipeline.load()
+    corpus = set(model.corpus)
+    for n in (1, 10, 50):
+        bench._kept(model, bench.facts(n), {})
+    assert len(asked) > 100 and not corpus & set(asked)
+    others = [fact for fact in world.facts() if fact not in world.bystanders()]
+    assert not any(fact.phrase in text for fact in others for text in asked if "of" in text)
+
+
+def test_benchmarks_of_uses_do_not_take_each_others_cases(pico: Model, tmp_path: Path) -> None:
+    from mokus.bench import uses
+
+    uses.kept(tmp_path, "rewrite-0", uses.about(pico, "transfer", "rewrite"), lambda: {"text": 1.0})
+    with pytest.raises(MokusError, match="another folder"):
+        uses.kept(tmp_path, "rewrite-0", uses.about(pico, "create", "rewrite"), lambda: {"edited_questions": 1.0})
 
 
 @pytest.mark.slow

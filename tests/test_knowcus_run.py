@@ -386,8 +386,21 @@ def test_a_longer_pack_goes_on_from_a_shorter_one_to_the_same(
     Runner(model, alone, tmp_path / "alone").run()
     key = alone.items[0].pack
     found = [Runner(model, p, tmp_path / d).shelf.find(key) for p, d in ((plan, "steps"), (alone, "alone"))]
-    knowledge = [[each.text for each in there[0].knowledge] for there in found if there]
-    assert knowledge[0] == knowledge[1] == list(many(suite, "my favourite toy"))
+    one, other = ([(known.text, shifts) for known, shifts in there[0].edits()] for there in found if there)
+    assert [text for text, _ in one] == [text for text, _ in other] == list(many(suite, "my favourite toy"))
+    for (_, a), (_, b) in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[path].A, b[path].A) and torch.equal(a[path].B, b[path].B) for path in a)
+    # what was left out of the second pack might take in the third
+    packs_of = {item.method: tmp_path / "steps" / "packs" / str(item.pack) for item in plan.items}
+    made = packs_of["mokus@knowledge=2"] / "made.json"
+    made.write_text(json.dumps({**json.loads(made.read_text()), "taken": 1}))
+    shutil.rmtree(packs_of["mokus@knowledge=3"])
+    for item in plan.items:
+        image_file(tmp_path / "steps", item.key).unlink(missing_ok=True)
+    bound.clear()
+    Runner(model, plan, tmp_path / "steps").run()
+    assert bound == [2]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -815,7 +815,7 @@ def test_the_report_is_whole_safe_and_the_same_every_time(
             "command": "mokus",
         },
     )
-    some = questions(tmp_path, read_plan(tmp_path), ["legacy"], "seer")
+    some = questions(tmp_path, read_plan(tmp_path), ["legacy"], "seer", {})
     judge_of(fake(says(NASTY), WELL).url, tmp_path, attempts=1).ask_all(list(some.values()))
     figures, paths = report.write(tmp_path)
     assert figures["judgements"]["failed"] == 1 and figures["cost"]["cost"] > 0

@@ -46,7 +46,7 @@ class Edit:
     taken: bool
     reason: str  # why it has not taken; empty if it has
     settings: dict[str, Any]  # of EditSettings
-    steps: int  # after which it was best
+    steps: int  # that the editor took: of `least_drift` evaluations of its loss
     seconds: float
     shifts: Shifts  # on the CPU
 
@@ -229,6 +229,11 @@ def unbind(pack: ConceptPack, *knowledge: str) -> None:
         pack.replace_edits([(bound, shifts) for bound, shifts in pack.edits() if bound.text not in gone])
 
 
+def reads_back(said: str, meaning: str) -> bool:
+    """Whether what the encoder said is this answer, whatever its capital letters and its full stop."""
+    return said.strip().rstrip(".").lower() == answer_of(meaning).lower()
+
+
 def ask(model: Model, question: str, shifts: Sequence[Shifts] = ()) -> str:
     """What the text encoder answers, greedily, to a question inside the prompt template, with shifts or without."""
     check_text(question, "question", "What is my favourite toy?")
@@ -340,7 +345,7 @@ def _bound(edit: Edit) -> BoundKnowledge:
 
 def _fault(read_back: str, answer: str, alignment: float, settings: EditSettings) -> str:
     """Why an edit is not good enough; empty if it is."""
-    if settings.answer_weight and read_back.strip().rstrip(".").lower() != answer_of(answer).lower():
+    if settings.answer_weight and not reads_back(read_back, answer):
         return f"it reads back {read_back[:40]!r}"
     if settings.alignment_weight and not alignment >= settings.least_alignment:  # also refuses nan
         return f"alignment {alignment:.2f} is below {settings.least_alignment:g}"

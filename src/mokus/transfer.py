@@ -24,7 +24,7 @@ from mokus.errors import MokusError
 from mokus.files import write, write_json
 from mokus.generation import generate
 from mokus.knowledge import QUESTION_FORMS, check_text, hidden, normalise
-from mokus.knowledge_update import Edit, answer_of, ask, check_meaning, edit
+from mokus.knowledge_update import Edit, ask, check_meaning, edit, reads_back
 from mokus.low_rank import Shifts, applied
 from mokus.packs.manifest import versions
 from mokus.pictures import grid, png_of
@@ -207,7 +207,7 @@ def run(
     images = sum(row["images"] for row in drawn)
     results = {
         "model": model.id, "fingerprint": model.fingerprint, "versions": versions(), "cases": rows,
-        "answered": sum(row["answers"][0][AFTER].lower() == answer_of(row["answer"]).lower() for row in rows) / len(rows),
+        "answered": sum(reads_back(row["answers"][0][AFTER], row["answer"]) for row in rows) / len(rows),
         "transferred": sum(row["transferred"] * row["images"] for row in drawn) / images if images else None,
         "images": images,
     }  # fmt: skip

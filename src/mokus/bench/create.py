@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mokus.bench import uses
+from mokus.bench import state, uses
 from mokus.bench.editing.cases import QUESTIONS
 from mokus.bench.uses import Row
 from mokus.editors import EDITORS, Editor
@@ -72,7 +72,14 @@ def cases(n: int = NAMES) -> list[Case]:
 
 def run(model: Model, folder: Path, editor: str = EDITORS[0], n: int = NAMES, progress: Progress | None = None) -> Row:
     """Measure; DIR/results.json, DIR/summary.md. A stopped run goes on. Raises `MokusError` for an unknown editor."""
-    setup, made = uses.about(model, editor), None
+    with state.alone(folder):
+        results = {"editor": editor, "n": n, **_figures(_rows(model, folder, editor, n, progress))}
+        uses.save(folder, results, summary(results))
+    return results
+
+
+def _rows(model: Model, folder: Path, editor: str, n: int, progress: Progress | None) -> list[Row]:
+    setup, made = uses.about(model, "create", editor), None
     rows = []
     for i, case in enumerate(cases(n)):
         if progress:
@@ -83,9 +90,7 @@ def run(model: Model, folder: Path, editor: str = EDITORS[0], n: int = NAMES, pr
         rows.append(uses.kept(folder, file, setup, lambda c=case, e=made: _measured(model, c, e)))  # type: ignore[misc]
     if progress:
         progress(f"create, {editor}", n, n, {})
-    results = {"editor": editor, "n": len(rows), **_figures(rows)}
-    uses.save(folder, results, summary(results))
-    return results
+    return rows
 
 
 def _measured(model: Model, case: Case, made: Editor) -> Row:

@@ -2,9 +2,10 @@
 
 On facts that nothing was tuned on. *Erased*: images of prompts with the phrase do not show the old thing any more (nor does an
 answer name it). *Kept*: answers and images of what was not erased are as before: facts of the same person, of the same
-relation, of neither, and captions. *Leakage*: other words for what was erased still lead to it: paraphrases ("Anna's
-lucky charm", never edited) and implicit descriptions ("the lucky charm that belongs to Anna"), as a share of those that
-did so before. H is the harmonic mean of erased, kept and 1 - paraphrase leakage, all of images (after MACE, arXiv 2403.06135).
+relation, of neither, and captions, none of which an editor's corpus tells of. *Leakage*: other words for what was erased still
+lead to it: paraphrases ("Anna's lucky charm", never edited) and implicit descriptions ("the lucky charm that belongs to
+Anna"), as a share of those that did so before. H is the harmonic mean of erased, kept and 1 - paraphrase leakage, all of
+images (after MACE, arXiv 2403.06135).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mokus.bench import uses
+from mokus.bench import state, uses
 from mokus.bench.editing.cases import DRAWN, QUESTIONS, captions, edited_facts
 from mokus.bench.state import load_edits, save_edits
 from mokus.bench.uses import Labels, Row
@@ -56,7 +57,17 @@ def run(
     progress: Progress | None = None,
 ) -> Row:  # fmt: skip
     """Measure; DIR/results.json, DIR/summary.md. A stopped run goes on. Raises `MokusError` for an unknown editor."""
-    setup = uses.about(model, editor)
+    with state.alone(folder):
+        rows = _rows(model, folder, editor, counts, singles, progress)
+        results = {"editor": editor, "rows": rows}
+        uses.save(folder, results, summary(results))
+    return results
+
+
+def _rows(
+    model: Model, folder: Path, editor: str, counts: Sequence[int], singles: int, progress: Progress | None
+) -> list[Row]:
+    setup = uses.about(model, "erase", editor)
     rows = []
     if 1 in counts:
         alone = []
@@ -73,11 +84,11 @@ def run(
             **uses.kept(folder, f"{editor}-{count}", setup, lambda c=count: _measured(model, facts(c), sequence.after(c))),  # type: ignore[misc]
         })  # fmt: skip
     for row in rows:
-        row["H"] = uses.harmonic(row["erased"], row["kept"], 1 - row["paraphrase"])
-        row["H_text"] = uses.harmonic(row["text_erased"], row["text_kept"], 1 - row["text_paraphrase"])
-    results = {"editor": editor, "rows": rows}
-    uses.save(folder, results, summary(results))
-    return results
+        for h, prefix in (("H", ""), ("H_text", "text_")):
+            leaked = row[f"{prefix}paraphrase"]
+            sealed = None if leaked is None else 1 - leaked
+            row[h] = uses.harmonic(row[f"{prefix}erased"], row[f"{prefix}kept"], sealed)
+    return rows
 
 
 def _one(model: Model, editor: str, fact: Fact) -> Row:
@@ -142,7 +153,7 @@ def _erased(model: Model, erased: Sequence[Fact], shifts: Shifts) -> Row:
 
 
 def _leaks(model: Model, kind: str, prompts: dict[str, Fact], shifts: Shifts) -> Row:
-    """Of the prompts that lead to the old thing before, the share of those that still do."""
+    """Of the prompts that lead to the old thing before, the share of those that still do; None if none did."""
     texts = list(prompts)
     before, after = (uses.say(model, texts, each) for each in ({}, shifts))
     did = [_names(answer, prompts[text].subject) for text, answer in zip(texts, before, strict=True)]
@@ -150,30 +161,29 @@ def _leaks(model: Model, kind: str, prompts: dict[str, Fact], shifts: Shifts) ->
     seen, sees = (uses.read(model, texts, [uses.SEED], each) for each in ({}, shifts))
     drew = [p for p in texts if _shows(seen[p, uses.SEED], prompts[p].subject)]
     return {
-        f"text_{kind}": uses.share(now for now, then in zip(does, did, strict=True) if then) or 0.0,
-        kind: uses.share(_shows(sees[p, uses.SEED], prompts[p].subject) for p in drew) or 0.0,
+        f"text_{kind}": uses.share(now for now, then in zip(does, did, strict=True) if then),
+        kind: uses.share(_shows(sees[p, uses.SEED], prompts[p].subject) for p in drew),
         f"{kind}_prompts": len(texts), f"{kind}_before": len(drew),
     }  # fmt: skip
 
 
 def _kept(model: Model, erased: Sequence[Fact], shifts: Shifts) -> Row:
     """What was not erased: as before, in text (all answers) and in images (colour and shape, of captions the scene, too)."""
-    gone, rng = set(erased), random.Random(f"kept/{len(erased)}/{erased[0].phrase}")
-    left = [fact for fact in world.facts() if fact not in gone]
+    rng = random.Random(f"kept/{len(erased)}/{erased[0].phrase}")
     people, relations = {fact.person for fact in erased}, {fact.relation for fact in erased}
-    same_person = [fact for fact in left if fact.person in people]
-    same_relation = [fact for fact in left if fact.relation in relations and fact.person not in people]
-    kinds = {
-        "person": same_person, "relation": same_relation,
-        "neighbour": [fact for fact in world.bystanders() if fact not in gone],
-    }  # fmt: skip
+    kinds: dict[str, list[Fact]] = {"person": [], "relation": [], "neighbour": []}
+    for fact in world.bystanders():
+        kinds["person" if fact.person in people else "relation" if fact.relation in relations else "neighbour"].append(
+            fact
+        )
     found: Row = {}
     for kind, some in kinds.items():
         chosen = rng.sample(some, min(JUDGED, len(some)))
         prompts = [DRAWN[i % 2].format(fact.phrase) for i, fact in enumerate(chosen)]
         asked = [text for fact in chosen for text in (questions(fact.phrase)[0], DRAWN[0].format(fact.phrase))]
         found |= _same(model, kind, asked, prompts, shifts, ("colour", "shape"))
-    usual = captions(CAPTIONS, uses.SEED)
+    known = set(model.corpus)
+    usual = [text for text in captions(2 * CAPTIONS, uses.SEED) if text not in known][:CAPTIONS]
     found |= _same(model, "generic", usual, usual, shifts, ("colour", "shape", "scene"))
     keys = [kind for kind in (*kinds, "generic") if found[f"kept_{kind}"] is not None]
     found["kept"] = sum(found[f"kept_{key}"] for key in keys) / len(keys)
@@ -216,7 +226,7 @@ def summary(results: Row) -> str:
                 "paraphrase leakage", "implicit leakage", "H"]  # fmt: skip
         text += f"\n## {title}\n\n" + uses.table(head, [
             [row["erasures"], row[f"{prefix}erased"], row[f"{prefix}kept"], *(row[f"{prefix}kept_{k}"] for k in kinds),
-             row[f"{prefix}paraphrase"], row[f"{prefix}implicit"], f"{row[h]:.3f}"]
+             row[f"{prefix}paraphrase"], row[f"{prefix}implicit"], None if row[h] is None else f"{row[h]:.3f}"]
             for row in results["rows"]
         ])  # fmt: skip
     text += "\n"

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mokus.bench import uses
+from mokus.bench import state, uses
 from mokus.bench.editing.cases import DRAWN, QUESTIONS
 from mokus.bench.uses import Row
 from mokus.editors import EDITORS, Editor
@@ -81,24 +81,28 @@ def run(
     """Measure; DIR/results.json, DIR/summary.md. A stopped run goes on. Raises `MokusError` for an unknown editor."""
     for name in editors:
         uses.settings_of(model, name)
-    some, rows = cases(n), []
-    for name in editors:
-        made: Editor | None = None
-        measured = []
-        for i, case in enumerate(some):
-            if progress:
-                progress(f"transfer, {name}", i, len(some), {})
-            file = f"{name}-{i}"
-            if not (folder / "cases" / f"{file.replace(':', '-')}.json").is_file():
-                made = made or uses.editor_of(model, name)  # it is told of no edit, so every one is alone
-            setup = uses.about(model, name)
-            measured.append(uses.kept(folder, file, setup, lambda k=name, c=case, e=made: _measured(model, k, c, e)))  # type: ignore[misc]
-        if progress:
-            progress(f"transfer, {name}", len(some), len(some), {})
-        rows.append(_row(name, measured))
-    results = {"cases": len(some), "rows": rows}
-    uses.save(folder, results, summary(results))
+    with state.alone(folder):
+        some = cases(n)
+        rows = [_row(name, _measured_all(model, folder, name, some, progress)) for name in editors]
+        results = {"cases": len(some), "rows": rows}
+        uses.save(folder, results, summary(results))
     return results
+
+
+def _measured_all(model: Model, folder: Path, name: str, some: Sequence[Case], progress: Progress | None) -> list[Row]:
+    """All counterfactuals by one editor."""
+    made: Editor | None = None
+    setup, measured = uses.about(model, "transfer", name), []
+    for i, case in enumerate(some):
+        if progress:
+            progress(f"transfer, {name}", i, len(some), {})
+        file = f"{name}-{i}"
+        if not (folder / "cases" / f"{file.replace(':', '-')}.json").is_file():
+            made = made or uses.editor_of(model, name)  # it is told of no edit, so every one is alone
+        measured.append(uses.kept(folder, file, setup, lambda c=case, e=made: _measured(model, name, c, e)))  # type: ignore[misc]
+    if progress:
+        progress(f"transfer, {name}", len(some), len(some), {})
+    return measured
 
 
 def _measured(model: Model, name: str, case: Case, made: Editor) -> Row:

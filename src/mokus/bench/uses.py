@@ -106,11 +106,11 @@ def harmonic(*values: float | None) -> float | None:
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
-def about(model: Model, name: str, **more: Any) -> Row:
-    """All that a case's figures depend on but the code."""
+def about(model: Model, benchmark: str, name: str) -> Row:
+    """All that a case's figures depend on but the code: what is measured, of which editor."""
     return {
-        "model": model.id, "fingerprint": model.fingerprint, "settings": asdict(settings_of(model, name)), "seed": SEED,
-        "versions": versions(), **more,
+        "benchmark": benchmark, "model": model.id, "fingerprint": model.fingerprint,
+        "settings": asdict(settings_of(model, name)), "seed": SEED, "versions": versions(),
     }  # fmt: skip
 
 

@@ -78,13 +78,19 @@ FREE = 0.05  # what is watched may be away by this share of the way that the edi
 SURE = 0.05  # cross-entropy below which a token is as good as said
 SHARP = 20.0  # of the hinges
 NEGLIGIBLE = 1e-3  # directions of H C^-1/2 below this share of the strongest, and of the finished shift
-ROUNDS = (0.4, 0.3, 0.3)  # shares of the steps; between them is looked at what is watched
+ROUNDS = (0.4, 0.7, 1.0)  # shares of the steps after which each round ends; between them is looked at what is watched
 
 
 def goal_of(model: Model, request: Request, meaning: Meaning | None = None) -> Goal:
     """The request in more ways than its own."""
     asked = dict.fromkeys([*request.questions, *prompts(request.knowledge, QUESTIONS)])
     return Goal(model, replace(request, questions=tuple(asked)), FORMS, meaning=meaning)
+
+
+def rounds(steps: int) -> list[int]:
+    """How many steps each round has; fewer rounds where there are hardly any."""
+    ends = [round(share * steps) for share in ROUNDS]
+    return [n for n in (end - start for start, end in zip([0, *ends], ends, strict=False)) if n]
 
 
 class Editor:
@@ -110,10 +116,10 @@ class Editor:
         goal = goal_of(self.model, request, self._meaning(request.says, FORMS))
         watched = self.watch.around(request) if self.settings.near_weight and self.settings.rivals else None
         search = _Search(self, goal, watched, before, *self._bases(goal, request, before))
-        for i, share in enumerate(ROUNDS):
+        for i, steps in enumerate(rounds(self.settings.steps)):
             if i:
                 search.look()
-            search.run(max(1, round(share * self.settings.steps)))
+            search.run(steps)
         return {path: shift.compressed(NEGLIGIBLE) for path, shift in search.shifts().items()}, search.evaluations
 
     def remember(self, request: Request, before: Shifts, shifts: Shifts) -> None:
@@ -191,8 +197,6 @@ class _Search:
 
     def run(self, steps: int) -> None:
         """At most so many steps, each of which is little more than one evaluation."""
-        if steps < 1:
-            return
         optimiser = torch.optim.LBFGS(
             self.factors.values(), max_iter=steps, max_eval=steps + 3, history_size=10, line_search_fn="strong_wolfe",
             tolerance_grad=0, tolerance_change=0,

@@ -174,6 +174,7 @@ def told(outcome: Outcome) -> str:
 
 def _learn(model: Model, concept: Concept, chosen: Mapping[str, Any], bars: Any) -> tuple[str, str]:
     """What became of it, and why."""
+    from mokus.training import checkpoint
     from mokus.training.checkpoint import checkpoint_of
     from mokus.visual_concept import learn
 
@@ -181,6 +182,7 @@ def _learn(model: Model, concept: Concept, chosen: Mapping[str, Any], bars: Any)
         settings = LearnSettings.for_model(model.defaults.learn, **{**chosen, **concept.settings})
         if (concept.output / "mokus.json").is_file():
             _check_same(model, concept, settings)
+            checkpoint.remove(checkpoint_of(concept.output))  # of a run that was killed when its pack was written
             return "there already", ""
         stopped = checkpoint_of(concept.output).is_file()
         what = (model, concept.photos, concept.anchor, concept.output)

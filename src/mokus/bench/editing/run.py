@@ -46,7 +46,7 @@ def run(
         raise MokusError(f"--edits got {list(counts)}, expected numbers from 1, such as 1,10,100.")
     measure = Measure(model, images, progress)
     with alone(folder):
-        rows = [_kept(folder, setup(model, UNEDITED, singles, images), 0, lambda: _unedited(measure, counts, singles))]
+        rows = [_unedited(model, folder, measure, max(singles, *counts), singles)]
         for name in editors:
             rows += _rows_of(model, folder, name, sorted(set(counts)), singles, measure)
         files.write_json(folder / "results.json", all_rows(folder), indent=1)
@@ -68,10 +68,16 @@ def _kept(folder: Path, about: Row, edits: int, made: Callable[[], Row]) -> Row:
     return files.kept(file, about, lambda: {"editor": about["editor"], "edits": edits, **made()})
 
 
-def _unedited(measure: Measure, counts: Sequence[int], singles: int) -> Row:
-    some = cases(max(singles, *counts))
-    row, n = measure.row(some, Edited(), _as_made(measure, some, Edited()))
-    return {**row, "seconds_per_edit": 0.0, "bytes_per_edit": 0.0, "n": n}
+def _unedited(model: Model, folder: Path, measure: Measure, count: int, singles: int) -> Row:
+    """Before any edit, on as many facts as are edited at most."""
+
+    def made() -> Row:
+        some = cases(count)
+        row, n = measure.row(some, Edited(), _as_made(measure, some, Edited()))
+        return {"editor": UNEDITED, "edits": 0, **row, "seconds_per_edit": 0.0, "bytes_per_edit": 0.0, "n": n}
+
+    about = setup(model, UNEDITED, singles, measure.images)
+    return files.kept(folder / "rows" / f"{UNEDITED}-{count}.json", about, made)
 
 
 def _as_made(measure: Measure, some: Sequence[Case], edited: Edited) -> dict[str, bool]:
@@ -188,4 +194,6 @@ def all_rows(folder: Path) -> list[Row]:
     """Every row that is there, of this run and of earlier ones into the same folder."""
     order = [UNEDITED, *EDITORS]
     found = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "rows").glob("*.json")]
-    return sorted(found, key=lambda row: (order.index(row["editor"]), row["edits"]))
+    # of several runs' unedited rows the one on the most facts
+    found.sort(key=lambda row: (order.index(row["editor"]), row["edits"], -row["n"]["efficacy"]))
+    return [row for i, row in enumerate(found) if not i or row["editor"] != UNEDITED]

@@ -71,11 +71,12 @@ class Shelf:
         """The pack with the recipe's knowledge, on top of the looks under that key.
 
         `shorter`: keys of the same recipe with less of its knowledge, by how much; the longest that is there is gone on
-        from, which comes to the same.
+        from, which comes to the same, if all of it has taken: what was left out there may stay in here.
         """
         if there := self.find(key):
             return there[0]
-        n, start = next(((n, k) for n, k in sorted(shorter.items(), reverse=True) if self.find(k)), (0, looks))
+        whole = (each for each in sorted(shorter.items(), reverse=True) if self._whole(each[1], recipe))
+        n, start = next(whole, (0, looks))
         making = self._making(key)
         if (making / "pack").exists():
             shutil.rmtree(making / "pack")
@@ -95,6 +96,10 @@ class Shelf:
         if n and before:
             seconds, taken = (before[1].seconds or 0.0) + seconds, before[1].taken + taken
         return self._finish(key, Made(seconds, len(recipe.knowledge), taken))
+
+    def _whole(self, key: str, recipe: Recipe) -> bool:
+        found = self.find(key)
+        return found is not None and (recipe.keep_all or found[1].taken == found[1].knowledge)
 
     def _making(self, key: str) -> Path:
         making = self.folder / f"{key}.making"

@@ -208,7 +208,7 @@ def _judge(folder: Path, whom: JudgeSettings, protocols: list[Version]) -> bool:
     from mokus.bench.wise.run import read_plan
     from mokus.files import write_json
 
-    asked = questions(folder, read_plan(folder), protocols, whom.model)
+    asked = questions(folder, read_plan(folder), protocols, whom.model, whom.options)
     about = {"model": whom.model, "protocols": protocols, "price_in": whom.price_in, "price_out": whom.price_out}
     write_json(folder / JUDGE, about | {"options": whom.options, "command": _command()})
     judge = Judge(whom, folder, os.environ.get(KEY_VARIABLE, ""))

@@ -1,11 +1,11 @@
 """The judge: any vision model behind OpenAI's chat completions, asked about every image, whatever the network does.
 
 Every judgement is a file of its own in DIR/judged, written whole or not at all, whose name is a hash of the pixels, the
-texts, the protocol and the judge, so that a run that stops goes on where it was, and equal images are judged once. A request
-that fails in a way that may pass (no connection, a timeout, 408, 409, 425, 429, 5xx, an answer without scores) is made again,
-a bounded number of times, after a wait that doubles and is shaken; `Retry-After` is honoured, by all threads. What still
-fails is recorded as failed, never as a score, and is asked again by the next run. When several judgements in a row cannot
-reach the judge, the rest are left for the next run.
+texts, the protocol, the judge and its options, so that a run that stops goes on where it was, and equal images are judged
+once. A request that fails in a way that may pass (no connection, a timeout, 408, 409, 425, 429, 5xx, an answer without
+scores) is made again, a bounded number of times, after a wait that doubles and is shaken; `Retry-After` is honoured, by all
+threads. What still fails is recorded as failed, never as a score, and is asked again by the next run. When several
+judgements in a row cannot reach the judge, the rest are left for the next run.
 """
 
 from __future__ import annotations
@@ -386,8 +386,10 @@ def pixels(file: Path) -> str:
 Where = tuple[int, str, int, Version]  # prompt_id, before or after, seed, protocol
 
 
-def questions(folder: Path, plan: dict[str, Any], protocols: Sequence[Version], judge: str) -> dict[Where, Question]:
-    """Every judgement that a plan asks for, of images that are drawn."""
+def questions(
+    folder: Path, plan: dict[str, Any], protocols: Sequence[Version], judge: str, options: dict[str, Any]
+) -> dict[Where, Question]:
+    """Every judgement that a plan asks for, of images that are drawn: by this judge, asked with these options."""
     texts = {entry["prompt_id"]: entry for entry in plan["entries"]}
     found = {}
     for item in plan["items"]:
@@ -400,7 +402,15 @@ def questions(folder: Path, plan: dict[str, Any], protocols: Sequence[Version], 
         except _BROKEN:
             shown = item["key"]  # asked about, it fails, and is recorded
         for protocol in protocols:
-            parts = (shown, entry["prompt"], entry["explanation"], protocol, judge, EDITION)
+            parts = (
+                shown,
+                entry["prompt"],
+                entry["explanation"],
+                protocol,
+                judge,
+                EDITION,
+                *([options] if options else []),
+            )
             asked = Question(digest(*parts)[:32], file, entry["prompt"], entry["explanation"], protocol)
             found[item["prompt_id"], item["when"], item["seed"], protocol] = asked
     return found

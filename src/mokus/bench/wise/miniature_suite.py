@@ -26,7 +26,7 @@ from mokus.miniature.world import Fact, Subject
 FILE = "wise_miniature.json"
 PEOPLE, OBJECTS, ONE_HOP, UNRELATED = "People", "Objects", "One hop", "Unrelated"
 NEVER_DRAWN, DRAWN = "facts never drawn in training", "facts drawn in training"
-SCENES = ("on the beach", "in the forest", "in the city", "under water", "in the kitchen", "")
+SCENES = ("on the beach", "in the forest", "in the city", "under water", "in the kitchen")
 OPENINGS = ("This refers to {}.", "It is {}.", "The image should show {}.")
 FRAMES = ("{}", "{}", "a photo of {}")
 
@@ -114,7 +114,7 @@ def _entry(
     rng: random.Random, phrase: str, answer: str, category: str, subcategory: str, more: str = "", control: bool = False
 ) -> Entry:
     scene = rng.choice(SCENES)
-    prompt = f"{rng.choice(FRAMES).format(phrase)} {scene}".strip()
-    explanation = rng.choice(OPENINGS).format(f"{answer}{more} {scene}".strip())
+    prompt = f"{rng.choice(FRAMES).format(phrase)} {scene}"
+    explanation = rng.choice(OPENINGS).format(f"{answer}{more} {scene}")
     row = {"Prompt": prompt, "Explanation": explanation, "Category": category, "Subcategory": subcategory}
     return Entry.model_validate({"prompt_id": 0, "Control": control, **row})

@@ -43,7 +43,7 @@ def write(folder: Path) -> tuple[Row, list[Path]]:
             f"{folder} is not judged yet; do it by 'mokus bench wise judge {folder} --judge URL --judge-model NAME'."
         )
     protocols: list[Version] = judge["protocols"]
-    found = judged(folder, questions(folder, plan, protocols, judge["model"]))
+    found = judged(folder, questions(folder, plan, protocols, judge["model"], judge["options"]))
     figures = _whole(folder, plan, judge, found)
     title = "WISE, before and after"
     sections = [section for section in _sections(folder, plan, figures, found) if section.parts]
