@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from mokus import MokusError
 from mokus.photos import load_photos
 from mokus.studio.home import MOST_PHOTOS, Home
+from mokus.training.checkpoint import checkpoint_of
 from tests.conftest import PackFactory
 
 SIZE = 32
@@ -121,6 +122,14 @@ def test_a_free_name_is_free_and_can_be_a_name(home: Home) -> None:
     for _ in range(50):
         wanted = "".join(letters.choice("aZ0 .-/<’é") for _ in range(letters.randint(0, 60)))
         home.new_pack(home.free_name(wanted)).mkdir()  # it raises for one that is taken or cannot be a name
+
+
+def test_the_name_of_what_is_learned_so_far_is_not_free(home: Home) -> None:
+    checkpoint_of(home.new_pack("toy")).parent.mkdir()
+    assert home.free_name("toy") == "toy-2"
+    assert home.free_name("toy", [str(home.packs_folder / "toy-2.pack")]) == "toy-3"
+    with pytest.raises(MokusError, match=r"learned so far for a pack named 'toy' already; choose another"):
+        home.new_pack("toy")
 
 
 def test_a_pack_that_cannot_be_read_is_told_of(home: Home) -> None:

@@ -220,6 +220,8 @@ def test_for_another_model_the_example_is_made(site: Site) -> None:
     assert bind.arguments["pack"] == learn.arguments["output"] == str(site.home.packs_folder / "example.pack")
     assert len(list(Path(learn.arguments["photos"]).glob("*.png"))) == 5
     assert "being made" in site.get("/") and "Make the example" not in site.get("/")
+    assert "a job that is not done" in site.post("/example", 422)
+    assert len(site.worker.jobs()) == 2 and len(list(site.home.photos_folder.iterdir())) == 1
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -282,6 +284,41 @@ def test_too_many_photos_are_refused_on_the_page(site: Site) -> None:
     assert answer.status_code == 422 and "Choose photos" in answer.text
     assert f"at most {MOST_PHOTOS} photos here" in answer.text
     assert list(site.home.photos_folder.iterdir()) == []
+
+
+def test_two_that_learn_the_same_thing_get_a_pack_each(site: Site) -> None:
+    given = {"photos": site.upload("a.png"), "word": "toy", "rare": "sks"}
+    for state in ("waiting", "stopped", "failed", "crashed"):
+        site.post("/learn/start", **given)
+        site.worker.kept.put(site.worker.jobs()[0].id, state=state)
+    site.post("/words/create", name="toy", description="a green star")
+    names = [Path(job.arguments["output"]).name for job in site.worker.jobs()[::-1]]
+    assert names == ["toy.pack", *(f"toy-{i}.pack" for i in range(2, 6))]
+    assert "a job that is not done" in site.post("/learn/start", 422, **given, name="toy-2")
+    site.worker.kept.put("000001", state="done")  # and what it made was taken away
+    site.post("/learn/start", **given)
+    assert site.worker.jobs()[0].arguments["output"].endswith("/toy.pack")
+
+
+def test_a_button_pressed_twice_makes_two_packs(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = site.worker.submit
+
+    def slow(kind: str, **arguments: Any) -> Job:
+        time.sleep(0.05)
+        return submit(kind, **arguments)
+
+    monkeypatch.setattr(site.worker, "submit", slow)
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda _: site.studio.make("create", "", "star").arguments["output"], range(2)))
+    assert sorted(Path(each).name for each in made) == ["star-2.pack", "star.pack"]
+
+
+def test_packs_that_are_still_to_be_learned_have_their_rare_token(site: Site) -> None:
+    page = f"/learn?photos={site.upload('a.png')}"
+    assert 'value="sks"' in site.get(page)
+    job = site.worker.submit("learn", photos="p", anchor="sks toy", output="/x/toy.pack")
+    site.worker.kept.put(job.id, state="stopped")
+    assert 'value="zwx"' in site.get(page)
 
 
 # --- know ---------------------------------------------------------

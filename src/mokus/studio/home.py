@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from mokus.files import copy
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.files import MANIFEST
 from mokus.photos import MIN_SIDE, SUFFIXES, TURNS, load_photos, upright
+from mokus.training.checkpoint import checkpoint_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SUFFIX = ".pack"
@@ -82,16 +83,19 @@ class Home:
 
     def pack(self, name: str) -> Path:
         """Where the pack of that name is. Raises `MokusError` for a name that is none, or of no pack."""
-        path = self.packs_folder / f"{_checked(name, 'pack')}{SUFFIX}"
+        path = self._place(_checked(name, "pack"))
         if not path.is_dir():
             raise MokusError(f"there is no pack named {name!r}; choose one of the list.")
         return path
 
-    def new_pack(self, name: str) -> Path:
-        """Where a new pack goes. Raises `MokusError` for a name that cannot be one's, or is another's."""
-        path = self.packs_folder / f"{_checked(name.strip().replace(' ', '-'), 'pack')}{SUFFIX}"
-        if path.exists():
-            raise MokusError(f"there is a pack named {name!r} already; choose another name.")
+    def new_pack(self, name: str, promised: Collection[str] = ()) -> Path:
+        """Where a new pack goes. Raises `MokusError` for a name that cannot be one's, or is another's.
+
+        `promised`: paths of packs that are still to be made.
+        """
+        path = self._place(_checked(name.strip().replace(" ", "-"), "pack"))
+        if whose := _holder(path, promised):
+            raise MokusError(f"there is {whose} named {name!r} already; choose another name.")
         return path
 
     def take(self, name: str, pack: Path) -> Path:
@@ -106,11 +110,14 @@ class Home:
                 shutil.rmtree(beside, ignore_errors=True)
         return path
 
-    def free_name(self, wanted: str) -> str:
-        """The name, or one like it that no pack has."""
+    def free_name(self, wanted: str, promised: Collection[str] = ()) -> str:
+        """The name, or one like it that no pack has or will have; `promised` as in `new_pack`."""
         stem = re.sub(r"[^a-z0-9]+", "-", wanted.lower()).strip("-")[:40] or "concept"
         names = [stem, *(f"{stem}-{i}" for i in range(2, 1000))]
-        return next(name for name in names if not (self.packs_folder / f"{name}{SUFFIX}").exists())
+        return next(name for name in names if not _holder(self._place(name), promised))
+
+    def _place(self, name: str) -> Path:
+        return self.packs_folder / f"{name}{SUFFIX}"
 
     # --- photos ---------------------------------------------------------
 
@@ -175,6 +182,15 @@ def _maybe_pack(path: Path) -> bool:
     """Whether a folder is meant as a pack; hidden ones are packs that are being written."""
     meant = path.suffix == SUFFIX or (path / MANIFEST).is_file()
     return meant and path.is_dir() and not path.name.startswith(".")
+
+
+def _holder(path: Path, promised: Collection[str]) -> str:
+    """What has this place, in words; empty if it is free."""
+    if path.exists():
+        return "a pack"
+    if str(path) in promised:
+        return "a job that is not done, for a pack"
+    return "what was learned so far for a pack" if checkpoint_of(path).parent.exists() else ""
 
 
 def _check_folder(name: str) -> None:
