@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import shutil
+import signal
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -564,11 +565,13 @@ class Loading:
 
     def __init__(self, *_: Any) -> None:
         self.loaded: Future[Any] = Future()
+        self.closed = False
 
     def __enter__(self) -> Loading:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.closed = True
         if not self.loaded.done():
             self.loaded.set_exception(WorkerDied("the worker died (it was stopped); try again."))
 
@@ -578,6 +581,26 @@ class Loading:
 
     def jobs(self) -> list[Job]:
         return []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_ends_the_studio_closes_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def killed(*_: Any) -> None:
+        raise AssertionError("the signal ended the process")
+
+    def at_once(address: str) -> None:
+        signal.raise_signal(number)  # while uvicorn runs, which raises it again when it is done
+
+    worker, before = Loading(), signal.signal(signal.SIGTERM, killed)
+    monkeypatch.setattr(ui, "Worker", lambda *_: worker)
+    monkeypatch.setattr("webbrowser.open", at_once)
+    try:
+        ui.launch(tmp_path, 0, "Qwn/Qwen-Image", None, [], True, print)
+        assert worker.closed and signal.getsignal(signal.SIGTERM) is killed
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("fails", [True, False])

@@ -8,10 +8,11 @@ bound to 127.0.0.1, another name for it is refused (DNS rebinding), and so is a 
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from importlib.resources import files
 from pathlib import Path
@@ -112,14 +113,14 @@ def launch(
     home: Path, port: int, model: str | None, device: str | None, reports: Sequence[Path], browser: bool,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Serve until Ctrl-C. `port` 0 takes a free one; a model that cannot be loaded is told of on stderr and on every page.
+    """Serve until Ctrl-C or SIGTERM; what runs is stopped as its button does it. `port` 0 takes a free one; a model that cannot be loaded is told of on stderr and on every page.
 
     Raises `MokusError` for a port or a home that is taken.
     """
     defaults = defaults_of(model)
     bound = _bind(port)
     address = f"http://{ADDRESS}:{bound.getsockname()[1]}/"
-    with bound, Worker(home, model, device) as worker:
+    with bound, _terminated_as_interrupted(), Worker(home, model, device) as worker:
         studio = Studio(Home(home), worker, model or MINIATURE, defaults, reports)
         app, over = build(studio), threading.Event()
 
@@ -139,9 +140,19 @@ def launch(
 
         app.router.lifespan_context = ready
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
-        with contextlib.suppress(KeyboardInterrupt):  # how uvicorn ends after Ctrl-C
+        with contextlib.suppress(KeyboardInterrupt):  # how uvicorn ends, for it raises the signal again
             uvicorn.Server(config).run(sockets=[bound])
         over.set()
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Inside, SIGTERM ends what runs as Ctrl-C does, so that the worker is closed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _bind(port: int) -> socket.socket:
