@@ -158,6 +158,39 @@ def test_what_is_not_there_is_said_on_a_page(site: Site) -> None:
     assert site.get("/files/jobs/000001/job.json", 404)
 
 
+def test_a_job_is_shown_by_the_tab_of_its_kind_alone(with_pack: Site) -> None:
+    kinds: dict[str, dict[str, Any]] = {
+        "learn": {"photos": "p", "anchor": "sks toy", "output": "/x/toy.pack"}, "ask": {"question": "Which?"},
+        "create": {"name": "toy", "description": "a star", "output": "/x/toy.pack"}, "generate": {"prompts": ["a star"]},
+        "compare": {"prompts": ["a star"]},
+    }  # fmt: skip
+    fits = {"/learn": ["learn"], "/know": ["ask"], "/words": ["create"], "/draw": ["generate", "compare"]}
+    for kind, arguments in kinds.items():
+        job = with_pack.worker.submit(kind, **arguments)
+        for tab in fits:
+            page = with_pack.get(f"{tab}?job={job.id}", 200 if kind in fits[tab] else 422)
+            assert (f'id="job-{job.id}"' in page) == (kind in fits[tab])
+            assert kind in fits[tab] or "is shown elsewhere" in page
+
+
+@pytest.mark.parametrize("name", ["%00.png", "x" * 300 + ".png", "x/" * 3000 + ".png", "packs/%00/x.png"])
+def test_a_picture_whose_name_no_file_can_have_is_not_there(site: Site, name: str) -> None:
+    assert "There is no such page" in site.get(f"/files/{name}", 404)
+
+
+@pytest.mark.parametrize("page", ["/", "/learn?photos=PHOTOS", "/draw", "/draw/reading?prompts=x", "/know", "/benchmark"])
+def test_a_disk_that_cannot_be_read_is_said_on_a_page(
+    site: Site, monkeypatch: pytest.MonkeyPatch, page: str
+) -> None:
+    def denied(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/x")
+
+    page = page.replace("PHOTOS", site.upload("a.png"))
+    monkeypatch.setattr(Home, "packs", denied)
+    monkeypatch.setattr(bench_tab, "runs", denied)
+    assert "/x: Permission denied." in site.get(page, 422)
+
+
 # --- first visit ---------------------------------------------------------
 
 
@@ -534,8 +567,11 @@ def test_figures_that_one_run_alone_has_are_not_compared(tmp_path: Path) -> None
     assert bench_tab.compared([tmp_path / "a.json"]) == [("x", [1.0]), ("y", [2.0])]
 
 
-def test_results_that_are_no_json_are_named(site: Site) -> None:
-    (site.home.reports_folder / "results.json").write_text("{", encoding="utf-8")
+@pytest.mark.parametrize(
+    "text", ["{", "[" * 100_000, '{"x": 1' + "0" * 400 + "}"], ids=["cut off", "too deep", "too large"]
+)
+def test_results_that_are_no_json_are_named(site: Site, text: str) -> None:
+    (site.home.reports_folder / "results.json").write_text(text, encoding="utf-8")
     assert "cannot be read as JSON" in site.get("/benchmark?run=0", 422)
     with pytest.raises(MokusError):
         bench_tab.compared([site.home.reports_folder / "results.json"])

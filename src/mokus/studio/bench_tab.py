@@ -96,9 +96,9 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
 def compared(files: Sequence[Path]) -> list[tuple[str, list[float | None]]]:
     """Every figure that all of these results have, or at least two of several, with its value in each.
 
-    Raises `MokusError` for a file that is no JSON.
+    Raises `MokusError` for a file that is no JSON, or not of a run.
     """
-    columns = [{_plain(name): value for name, value in figures(_read(file))} for file in files]
+    columns = [_column(file) for file in files]
     names = list(dict.fromkeys(name for column in columns for name in column))
     least = min(2, len(columns))
     rows = [(name, [column.get(name) for column in columns]) for name in names]
@@ -132,12 +132,12 @@ def _tells(key: str, value: Any) -> bool:
     return isinstance(value, str) or key == "edits"
 
 
-def _read(file: Path) -> Any:
+def _column(file: Path) -> dict[str, float]:
     try:
         if file.stat().st_size > LARGEST:
             raise MokusError(f"{file} has more than {LARGEST >> 20} MB, which are no results of a run.")
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        if isinstance(error, MokusError):
-            raise
+        return {_plain(name): value for name, value in figures(json.loads(file.read_text(encoding="utf-8")))}
+    except MokusError:
+        raise
+    except (OSError, ValueError, RecursionError, OverflowError) as error:  # cut off, nested without end, too large
         raise MokusError(f"{file} cannot be read as JSON ({error}); write the report of that run again.") from error

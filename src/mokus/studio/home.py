@@ -169,9 +169,12 @@ class Home:
 
     def inside(self, relative: str) -> Path | None:
         """A picture in this folder, by its path from here; None for anything else."""
-        path = (self.path / relative).resolve()
-        known = path.is_relative_to(self.path) and path.suffix.lower() == ".png"
-        return path if known and path.is_file() else None
+        try:
+            path = (self.path / relative).resolve()
+            known = path.is_relative_to(self.path) and path.suffix.lower() == ".png"
+            return path if known and path.is_file() else None
+        except (OSError, ValueError):  # too long, or a zero byte: no file can be called that
+            return None
 
     def address(self, path: str | Path) -> str:
         """Where the browser finds a picture of this folder."""

@@ -62,9 +62,15 @@ class Studio:
         return [job for job in self.worker.jobs() if job.kind in kinds]
 
     def job(self, id: str, *kinds: str) -> Job | None:
-        """The job of that id; without an id, the newest of these kinds that is not over."""
+        """The job of that id; without an id, the newest of these kinds that is not over.
+
+        Raises `MokusError` if there is none, or it is of another kind.
+        """
         if id:
-            return self.worker.job(id)
+            job = self.worker.job(id)
+            if job.kind not in kinds:
+                raise MokusError(f"job {id} ({job.kind}) is shown elsewhere; the list of jobs leads there.")
+            return job
         return next((job for job in self.jobs(*kinds) if not job.over), None)
 
     def check_free(self, name: str) -> None:

@@ -35,7 +35,7 @@ from mokus.errors import MokusError
 from mokus.pipeline import MINIATURE, defaults_of
 from mokus.studio import bench_tab, draw_tab, jobs_tab, know_tab, learn_tab, start_tab, words_tab
 from mokus.studio.home import Home
-from mokus.studio.page import Studio
+from mokus.studio.page import FAULTS, Studio, said
 from mokus.studio.worker import Worker
 
 ADDRESS = "127.0.0.1"
@@ -58,7 +58,7 @@ def build(studio: Studio) -> Starlette:
         return FileResponse(path, headers={"Cache-Control": "no-cache"})
 
     def wrong(request: Request, error: Exception) -> Response:
-        return studio.page("error.html", error=str(error))
+        return studio.page("error.html", error=said(error))
 
     def missing(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 404
@@ -77,7 +77,7 @@ def build(studio: Studio) -> Starlette:
             Middleware(TrustedHostMiddleware, allowed_hosts=list(NAMES), www_redirect=False),
             Middleware(OwnPagesAlone),
         ],
-        exception_handlers={MokusError: wrong, HTTPException: missing},
+        exception_handlers={HTTPException: missing, **dict.fromkeys(FAULTS, wrong)},
     )
 
 
