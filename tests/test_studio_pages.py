@@ -553,11 +553,26 @@ def test_runs_are_found_opened_and_compared(site: Site) -> None:
         rows = [{"method": "mokus", "column": "clip_i", "macro": value, "interval": [0, 1]}]
         (folder / "results.json").write_text(json.dumps({"scores": rows, "seeds": [0]}), encoding="utf-8")
         (folder / "report.html").write_text("<script>alert(1)</script>", encoding="utf-8")
-    page = site.get("/benchmark?run=0&run=1")
+    one, two = re.findall(r'name="run" value="([^"]+)"', site.get("/benchmark"))
+    page = site.get(f"/benchmark?run={one}&run={two}")
     assert re.search(r"<td>mokus · clip i</td>\s*<td class=.number.>0.5</td>\s*<td class=.number.>0.75</td>", page)
-    report = site.client.get("/benchmark/1/report")
+    report = site.client.get(f"/benchmark/{two}/report")
     policy = report.headers["content-security-policy"]
     assert "sandbox" in policy and "allow-scripts" not in policy and "script-src" not in policy
+    assert "no longer there" in site.get("/benchmark/1/report", 422)
+
+
+def test_a_run_is_the_same_when_others_come_before_it(site: Site) -> None:
+    def write(name: str) -> None:
+        (folder := site.home.reports_folder / name).mkdir()
+        (folder / "report.html").write_text(f"of {name}", encoding="utf-8")
+
+    write("later")
+    [address] = re.findall(r'href="(/benchmark/[^"]+/report)"', site.get("/benchmark"))
+    write("earlier")
+    assert site.get(address) == "of later"
+    shutil.rmtree(site.home.reports_folder / "later")
+    assert "no longer there" in site.get(address, 422)
 
 
 def test_figures_that_one_run_alone_has_are_not_compared(tmp_path: Path) -> None:
@@ -572,7 +587,8 @@ def test_figures_that_one_run_alone_has_are_not_compared(tmp_path: Path) -> None
 )
 def test_results_that_are_no_json_are_named(site: Site, text: str) -> None:
     (site.home.reports_folder / "results.json").write_text(text, encoding="utf-8")
-    assert "cannot be read as JSON" in site.get("/benchmark?run=0", 422)
+    [run] = bench_tab.runs(site.studio.reports)
+    assert "cannot be read as JSON" in site.get(f"/benchmark?run={run.id}", 422)
     with pytest.raises(MokusError):
         bench_tab.compared([site.home.reports_folder / "results.json"])
 
