@@ -178,10 +178,10 @@ def test_a_picture_whose_name_no_file_can_have_is_not_there(site: Site, name: st
     assert "There is no such page" in site.get(f"/files/{name}", 404)
 
 
-@pytest.mark.parametrize("page", ["/", "/learn?photos=PHOTOS", "/draw", "/draw/reading?prompts=x", "/know", "/benchmark"])
-def test_a_disk_that_cannot_be_read_is_said_on_a_page(
-    site: Site, monkeypatch: pytest.MonkeyPatch, page: str
-) -> None:
+@pytest.mark.parametrize(
+    "page", ["/", "/learn?photos=PHOTOS", "/draw", "/draw/reading?prompts=x", "/know", "/benchmark"]
+)
+def test_a_disk_that_cannot_be_read_is_said_on_a_page(site: Site, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     def denied(*_: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "/x")
 

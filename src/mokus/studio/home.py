@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -21,7 +21,7 @@ from mokus.console import visible
 from mokus.errors import MokusError
 from mokus.files import copy
 from mokus.packs.concept_pack import ConceptPack
-from mokus.packs.files import MANIFEST
+from mokus.packs.files import MANIFEST, identity
 from mokus.photos import MIN_SIDE, SUFFIXES, TURNS, load_photos, upright
 from mokus.training.checkpoint import checkpoint_of
 
@@ -32,6 +32,9 @@ TOO_MANY = f"a concept is learned from at most {MOST_PHOTOS} photos here; take s
 LARGEST_PHOTO = 64 << 20  # bytes
 _SEEN = ".seen"  # hidden, so that `load_photos` passes it over
 _WHOLE_SIDE = 192  # pixels
+
+
+_State = dict[Path, tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Home:
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
+        self._packs: dict[Path, tuple[_State, ConceptPack]] = {}  # as they were last read
         for folder in (self.packs_folder, self.photos_folder, self.reports_folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -70,15 +74,23 @@ class Home:
     # --- packs ---------------------------------------------------------
 
     def packs(self) -> tuple[dict[str, ConceptPack], dict[str, str]]:
-        """All packs by name, and what is wrong with those that cannot be read."""
-        packs, faults = {}, {}
+        """All packs by name, without their weights, and what is wrong with those that cannot be read.
+
+        A page is made while one types, so a pack is read again only when it has changed.
+        """
+        packs, faults, read = {}, {}, {}
         for path in sorted(filter(_maybe_pack, self.packs_folder.iterdir())):
             name = path.name.removesuffix(SUFFIX)
             try:
                 _check_folder(path.name)
-                packs[name] = ConceptPack.open(path)
+                state = _state(path)  # before it is read: what changes meanwhile is read the next time
+                before, pack = self._packs.get(path, (None, None))
+                if pack is None or before != state:
+                    pack = _without_weights(ConceptPack.open(path))
+                packs[name], read[path] = pack, (state, pack)
             except MokusError as error:
                 faults[visible(name)] = str(error)
+        self._packs = read
         return packs, faults
 
     def pack(self, name: str) -> Path:
@@ -179,6 +191,16 @@ class Home:
     def address(self, path: str | Path) -> str:
         """Where the browser finds a picture of this folder."""
         return f"/files/{Path(path).resolve().relative_to(self.path).as_posix()}"
+
+
+def _state(pack: Path) -> _State:
+    """What changes with anything in the pack's folder."""
+    inside = [Path(folder, name) for folder, folders, files in os.walk(pack) for name in (*folders, *files)]
+    return {path: identity(path) for path in (pack, *inside)}
+
+
+def _without_weights(pack: ConceptPack) -> ConceptPack:
+    return ConceptPack(pack.path, replace(pack._contents, lora={}, shifts={}))
 
 
 def _maybe_pack(path: Path) -> bool:

@@ -113,8 +113,9 @@ def launch(
     home: Path, port: int, model: str | None, device: str | None, reports: Sequence[Path], browser: bool,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Serve until Ctrl-C or SIGTERM; what runs is stopped as its button does it. `port` 0 takes a free one; a model that cannot be loaded is told of on stderr and on every page.
+    """Serve until Ctrl-C or SIGTERM, which stop what runs as its button does.
 
+    `port` 0 takes a free one; a model that cannot be loaded is told of on stderr and on every page.
     Raises `MokusError` for a port or a home that is taken.
     """
     defaults = defaults_of(model)

@@ -54,9 +54,7 @@ def routes(studio: Studio) -> list[Route]:
         case = Case.of(text(form, "ask"), text(form, "answer"), prompts)
         seeds = parse_seeds(text(form, "seeds", "0-3"), "the field of seeds")
         check_images(sum(_columns(case, prompt) for prompt in case.prompts) * len(seeds))
-        return shown(
-            studio.worker.submit("transfer", ask=case.ask, answer=case.answer, prompts=prompts, seeds=seeds)
-        )
+        return shown(studio.worker.submit("transfer", ask=case.ask, answer=case.answer, prompts=prompts, seeds=seeds))
 
     def shown(job: Job) -> str:
         return f"/words?job={job.id}#job-{job.id}"
