@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -22,10 +23,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from diffusers import QwenImagePipeline
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load as tensors_of
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 import mokus
@@ -34,7 +37,7 @@ from mokus.errors import MokusError
 from mokus.generation import png_bytes
 from mokus.packs import concept_pack
 from mokus.pipeline import Model
-from mokus.studio import openai
+from mokus.studio import openai, serve_cli
 from mokus.studio.serve import BODY_BYTES, Limits, Server
 from mokus.studio.shelf import Shelf
 from mokus.studio.worker import WorkerDied
@@ -243,8 +246,8 @@ def test_other_paths_and_methods_have_errors_of_the_same_shape(shared: Running) 
         assert error_of((got, json.loads(data)))[0] == status
     got, _, _ = shared.client.ask("POST", IMAGES, b'{"prompt": "x"}', {"Content-Type": "text/plain"})
     assert got == 400  # what a web page elsewhere could send without asking
-    got, _, _ = shared.client.ask("GET", "/healthz", None, {"Host": "evil.example:80"})
-    assert got == 403
+    for host in ("evil.example:80", "127.0.0.2:80", "", "127.0.0.1.evil.example"):
+        assert shared.client.ask("GET", "/healthz", None, {"Host": host})[0] == 403
 
 
 def answer_to(port: int, sent: bytes) -> bytes:
@@ -287,6 +290,42 @@ def test_a_server_that_others_can_reach_needs_a_token() -> None:
     for arguments in (["--host", "0.0.0.0"], ["--host", "::"], ["--host", "0.0.0.0", "--token", "short"]):
         result = CliRunner().invoke(app, ["serve", "--port", "0", *arguments], env={"MOKUS_TOKEN": ""})
         assert result.exit_code == 2 and "token" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1", "localhost"])
+def test_a_server_of_this_machine_alone_answers_by_the_name_it_was_given(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got, worker = [], Puppet()
+
+    def run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        at = serve_cli._written(sockets[0].getsockname())
+        client = TestClient(server.config.app)  # type: ignore[arg-type]
+        got.extend(client.get("/healthz", headers={"Host": each}).status_code for each in (at, "evil.example"))
+
+    monkeypatch.setattr("mokus.studio.worker.Worker", lambda *_: contextlib.nullcontext(worker))
+    monkeypatch.setattr(worker, "answer", lambda i: worker.calls[i][2].set_result(ABOUT))
+    monkeypatch.setattr("uvicorn.Server.run", run)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    try:
+        socket.create_server((host, 0), family=socket.getaddrinfo(host, None)[0][0]).close()
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    result = CliRunner().invoke(app, ["serve", "--port", "0", "--host", host], env={"MOKUS_TOKEN": None})
+    assert (result.exit_code, got) == (0, [200, 403]), result.stderr
+
+
+def test_a_folder_of_packs_that_is_missing_is_told_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr("mokus.studio.worker.Worker", load)
+    (tmp_path / "file").write_text("x")
+    for name in ("missing", "file"):
+        result = CliRunner().invoke(app, ["serve", "--port", "0", "--packs", str(tmp_path / name)])
+        assert (result.exit_code, "there is no folder" in result.stderr) == (2, True), result.exception
 
 
 def test_what_waits_is_drawn_together_up_to_the_limits_and_no_more_may_wait(running: Running) -> None:

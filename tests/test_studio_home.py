@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from io import BytesIO
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mokus import MokusError
+from mokus.packs.concept_pack import ConceptPack
+from mokus.packs.files import LORA
 from mokus.photos import load_photos
 from mokus.studio.home import MOST_PHOTOS, Home
+from mokus.training.checkpoint import checkpoint_of
 from tests.conftest import PackFactory
 
 SIZE = 32
@@ -121,6 +125,42 @@ def test_a_free_name_is_free_and_can_be_a_name(home: Home) -> None:
     for _ in range(50):
         wanted = "".join(letters.choice("aZ0 .-/<’é") for _ in range(letters.randint(0, 60)))
         home.new_pack(home.free_name(wanted)).mkdir()  # it raises for one that is taken or cannot be a name
+
+
+def test_the_name_of_what_is_learned_so_far_is_not_free(home: Home) -> None:
+    checkpoint_of(home.new_pack("toy")).parent.mkdir()
+    assert home.free_name("toy") == "toy-2"
+    assert home.free_name("toy", [str(home.packs_folder / "toy-2.pack")]) == "toy-3"
+    with pytest.raises(MokusError, match=r"learned so far for a pack named 'toy' already; choose another"):
+        home.new_pack("toy")
+
+
+def test_a_pack_is_read_when_it_has_changed_and_then_alone(
+    home: Home, pico_pack: PackFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, open_one = [], ConceptPack.open
+
+    def opened(path: Path) -> ConceptPack:
+        read.append(path.name)
+        return open_one(path)
+
+    for name in ("a", "b"):
+        pico_pack(home.new_pack(name), knowledge=["my favourite toy"])
+    monkeypatch.setattr(ConceptPack, "open", opened)
+    for _ in range(2):
+        packs, _ = home.packs()
+        assert [known.text for known in packs["b"].knowledge] == ["my favourite toy"]
+        assert not packs["b"].lora() and not packs["b"].shifts()  # weights of all packs would not fit
+    assert read == ["a.pack", "b.pack"]
+    open_one(home.pack("b")).replace_edits([])  # as another process does it
+    assert home.packs()[0]["b"].knowledge == [] and read[2:] == ["b.pack"]
+    shutil.rmtree(home.pack("a"))
+    assert list(home.packs()[0]) == ["b"] and read[3:] == []
+    with (home.pack("b") / LORA).open("r+b") as file:  # in its place, to the same size
+        file.write(b"x")
+    for _ in range(2):
+        packs, faults = home.packs()
+        assert packs == {} and "sha256" in faults["b"]
 
 
 def test_a_pack_that_cannot_be_read_is_told_of(home: Home) -> None:

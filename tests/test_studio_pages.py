@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import shutil
+import signal
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -157,6 +158,39 @@ def test_what_is_not_there_is_said_on_a_page(site: Site) -> None:
     assert site.get("/files/jobs/000001/job.json", 404)
 
 
+def test_a_job_is_shown_by_the_tab_of_its_kind_alone(with_pack: Site) -> None:
+    kinds: dict[str, dict[str, Any]] = {
+        "learn": {"photos": "p", "anchor": "sks toy", "output": "/x/toy.pack"}, "ask": {"question": "Which?"},
+        "create": {"name": "toy", "description": "a star", "output": "/x/toy.pack"}, "generate": {"prompts": ["a star"]},
+        "compare": {"prompts": ["a star"]},
+    }  # fmt: skip
+    fits = {"/learn": ["learn"], "/know": ["ask"], "/words": ["create"], "/draw": ["generate", "compare"]}
+    for kind, arguments in kinds.items():
+        job = with_pack.worker.submit(kind, **arguments)
+        for tab in fits:
+            page = with_pack.get(f"{tab}?job={job.id}", 200 if kind in fits[tab] else 422)
+            assert (f'id="job-{job.id}"' in page) == (kind in fits[tab])
+            assert kind in fits[tab] or "is shown elsewhere" in page
+
+
+@pytest.mark.parametrize("name", ["%00.png", "x" * 300 + ".png", "x/" * 3000 + ".png", "packs/%00/x.png"])
+def test_a_picture_whose_name_no_file_can_have_is_not_there(site: Site, name: str) -> None:
+    assert "There is no such page" in site.get(f"/files/{name}", 404)
+
+
+@pytest.mark.parametrize(
+    "page", ["/", "/learn?photos=PHOTOS", "/draw", "/draw/reading?prompts=x", "/know", "/benchmark"]
+)
+def test_a_disk_that_cannot_be_read_is_said_on_a_page(site: Site, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
+    def denied(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/x")
+
+    page = page.replace("PHOTOS", site.upload("a.png"))
+    monkeypatch.setattr(Home, "packs", denied)
+    monkeypatch.setattr(bench_tab, "runs", denied)
+    assert "/x: Permission denied." in site.get(page, 422)
+
+
 # --- first visit ---------------------------------------------------------
 
 
@@ -220,6 +254,8 @@ def test_for_another_model_the_example_is_made(site: Site) -> None:
     assert bind.arguments["pack"] == learn.arguments["output"] == str(site.home.packs_folder / "example.pack")
     assert len(list(Path(learn.arguments["photos"]).glob("*.png"))) == 5
     assert "being made" in site.get("/") and "Make the example" not in site.get("/")
+    assert "a job that is not done" in site.post("/example", 422)
+    assert len(site.worker.jobs()) == 2 and len(list(site.home.photos_folder.iterdir())) == 1
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -282,6 +318,41 @@ def test_too_many_photos_are_refused_on_the_page(site: Site) -> None:
     assert answer.status_code == 422 and "Choose photos" in answer.text
     assert f"at most {MOST_PHOTOS} photos here" in answer.text
     assert list(site.home.photos_folder.iterdir()) == []
+
+
+def test_two_that_learn_the_same_thing_get_a_pack_each(site: Site) -> None:
+    given = {"photos": site.upload("a.png"), "word": "toy", "rare": "sks"}
+    for state in ("waiting", "stopped", "failed", "crashed"):
+        site.post("/learn/start", **given)
+        site.worker.kept.put(site.worker.jobs()[0].id, state=state)
+    site.post("/words/create", name="toy", description="a green star")
+    names = [Path(job.arguments["output"]).name for job in site.worker.jobs()[::-1]]
+    assert names == ["toy.pack", *(f"toy-{i}.pack" for i in range(2, 6))]
+    assert "a job that is not done" in site.post("/learn/start", 422, **given, name="toy-2")
+    site.worker.kept.put("000001", state="done")  # and what it made was taken away
+    site.post("/learn/start", **given)
+    assert site.worker.jobs()[0].arguments["output"].endswith("/toy.pack")
+
+
+def test_a_button_pressed_twice_makes_two_packs(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = site.worker.submit
+
+    def slow(kind: str, **arguments: Any) -> Job:
+        time.sleep(0.05)
+        return submit(kind, **arguments)
+
+    monkeypatch.setattr(site.worker, "submit", slow)
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda _: site.studio.make("create", "", "star").arguments["output"], range(2)))
+    assert sorted(Path(each).name for each in made) == ["star-2.pack", "star.pack"]
+
+
+def test_packs_that_are_still_to_be_learned_have_their_rare_token(site: Site) -> None:
+    page = f"/learn?photos={site.upload('a.png')}"
+    assert 'value="sks"' in site.get(page)
+    job = site.worker.submit("learn", photos="p", anchor="sks toy", output="/x/toy.pack")
+    site.worker.kept.put(job.id, state="stopped")
+    assert 'value="zwx"' in site.get(page)
 
 
 # --- know ---------------------------------------------------------
@@ -482,11 +553,26 @@ def test_runs_are_found_opened_and_compared(site: Site) -> None:
         rows = [{"method": "mokus", "column": "clip_i", "macro": value, "interval": [0, 1]}]
         (folder / "results.json").write_text(json.dumps({"scores": rows, "seeds": [0]}), encoding="utf-8")
         (folder / "report.html").write_text("<script>alert(1)</script>", encoding="utf-8")
-    page = site.get("/benchmark?run=0&run=1")
+    one, two = re.findall(r'name="run" value="([^"]+)"', site.get("/benchmark"))
+    page = site.get(f"/benchmark?run={one}&run={two}")
     assert re.search(r"<td>mokus · clip i</td>\s*<td class=.number.>0.5</td>\s*<td class=.number.>0.75</td>", page)
-    report = site.client.get("/benchmark/1/report")
+    report = site.client.get(f"/benchmark/{two}/report")
     policy = report.headers["content-security-policy"]
     assert "sandbox" in policy and "allow-scripts" not in policy and "script-src" not in policy
+    assert "no longer there" in site.get("/benchmark/1/report", 422)
+
+
+def test_a_run_is_the_same_when_others_come_before_it(site: Site) -> None:
+    def write(name: str) -> None:
+        (folder := site.home.reports_folder / name).mkdir()
+        (folder / "report.html").write_text(f"of {name}", encoding="utf-8")
+
+    write("later")
+    [address] = re.findall(r'href="(/benchmark/[^"]+/report)"', site.get("/benchmark"))
+    write("earlier")
+    assert site.get(address) == "of later"
+    shutil.rmtree(site.home.reports_folder / "later")
+    assert "no longer there" in site.get(address, 422)
 
 
 def test_figures_that_one_run_alone_has_are_not_compared(tmp_path: Path) -> None:
@@ -496,9 +582,13 @@ def test_figures_that_one_run_alone_has_are_not_compared(tmp_path: Path) -> None
     assert bench_tab.compared([tmp_path / "a.json"]) == [("x", [1.0]), ("y", [2.0])]
 
 
-def test_results_that_are_no_json_are_named(site: Site) -> None:
-    (site.home.reports_folder / "results.json").write_text("{", encoding="utf-8")
-    assert "cannot be read as JSON" in site.get("/benchmark?run=0", 422)
+@pytest.mark.parametrize(
+    "text", ["{", "[" * 100_000, '{"x": 1' + "0" * 400 + "}"], ids=["cut off", "too deep", "too large"]
+)
+def test_results_that_are_no_json_are_named(site: Site, text: str) -> None:
+    (site.home.reports_folder / "results.json").write_text(text, encoding="utf-8")
+    [run] = bench_tab.runs(site.studio.reports)
+    assert "cannot be read as JSON" in site.get(f"/benchmark?run={run.id}", 422)
     with pytest.raises(MokusError):
         bench_tab.compared([site.home.reports_folder / "results.json"])
 
@@ -527,11 +617,13 @@ class Loading:
 
     def __init__(self, *_: Any) -> None:
         self.loaded: Future[Any] = Future()
+        self.closed = False
 
     def __enter__(self) -> Loading:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.closed = True
         if not self.loaded.done():
             self.loaded.set_exception(WorkerDied("the worker died (it was stopped); try again."))
 
@@ -541,6 +633,26 @@ class Loading:
 
     def jobs(self) -> list[Job]:
         return []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_ends_the_studio_closes_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def killed(*_: Any) -> None:
+        raise AssertionError("the signal ended the process")
+
+    def at_once(address: str) -> None:
+        signal.raise_signal(number)  # while uvicorn runs, which raises it again when it is done
+
+    worker, before = Loading(), signal.signal(signal.SIGTERM, killed)
+    monkeypatch.setattr(ui, "Worker", lambda *_: worker)
+    monkeypatch.setattr("webbrowser.open", at_once)
+    try:
+        ui.launch(tmp_path, 0, "Qwn/Qwen-Image", None, [], True, print)
+        assert worker.closed and signal.getsignal(signal.SIGTERM) is killed
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("fails", [True, False])

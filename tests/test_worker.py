@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,6 +160,94 @@ def test_a_home_is_read_again_and_is_one_workers_at_a_time(tmp_path: Path) -> No
     file.write_text(json.dumps({**json.loads(file.read_text()), "state": "odd"}))
     with pytest.raises(MokusError, match="no job that MoKus wrote"):
         Worker(tmp_path)
+
+
+class Child:
+    """In the place of the worker's process: it keeps what it was told."""
+
+    def __init__(self, source: Any, heard: Callable[..., None], died: Callable[..., None]) -> None:
+        self.heard, self.died = heard, died
+        self.stop, self.told = SimpleNamespace(value=0), list[Any]()
+
+    def send(self, message: tuple[Any, ...]) -> None:
+        self.told.append(message[:2])
+
+    def end(self, timeout: float) -> None:
+        pass
+
+
+class FullDisk:
+    """Lets no job be written in the states that are named."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.states: tuple[str, ...] = ()
+        replace = os.replace
+
+        def move(file: Path, place: Path) -> None:
+            if json.loads(file.read_text())["state"] in self.states:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            replace(file, place)
+
+        monkeypatch.setattr("mokus.studio.jobs.os.replace", move)
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> FullDisk:
+    monkeypatch.setattr("mokus.studio.worker._Child", Child)
+    return FullDisk(monkeypatch)
+
+
+def states(worker: Worker) -> list[str]:
+    return [job.state for job in worker.jobs()[::-1]]
+
+
+def test_a_job_that_could_not_be_begun_waits_and_is_begun_with_the_next(full: FullDisk, tmp_path: Path) -> None:
+    with Worker(tmp_path) as worker:
+        full.states = ("running",)
+        with pytest.raises(OSError, match="No space"):
+            worker.submit("ask", question="a")
+        assert states(worker) == ["waiting"]
+        full.states = ()
+        worker.submit("ask", question="b")
+        assert states(worker) == ["running", "waiting"]
+        child: Any = worker._child
+        assert child.told == [("job", "000001")]
+        child.heard("over", "000001", "done", {})
+        assert states(worker) == ["done", "running"]
+
+
+def test_what_could_not_be_written_is_as_it_was(full: FullDisk, tmp_path: Path) -> None:
+    with Worker(tmp_path) as worker:
+        worker.submit("ask", question="a")
+        worker.submit("ask", question="b")
+        full.states = ("stopped", "waiting")
+        for act in (lambda: worker.stop("000002"), lambda: worker.submit("ask", question="c")):
+            with pytest.raises(OSError, match="No space"):
+                act()
+        assert states(worker) == ["running", "waiting"]
+        full.states = ()
+        worker.stop("000002")
+        full.states = ("waiting",)
+        with pytest.raises(OSError, match="No space"):
+            worker.resume("000002")
+        assert states(worker) == ["running", "stopped"]
+
+
+def test_who_waits_for_a_process_that_died_is_told_though_the_disk_is_full(full: FullDisk, tmp_path: Path) -> None:
+    with Worker(tmp_path) as worker:
+        worker.submit("ask", question="a")
+        worker.submit("ask", question="b")
+        call, child = worker.call("describe"), worker._child
+        full.states = ("crashed",)
+        with pytest.raises(OSError, match="No space"):
+            worker._died(child, "exit code 1")  # type: ignore[arg-type]
+        with pytest.raises(WorkerDied):
+            call.result(0)
+        assert states(worker) == ["crashed", "running"] and worker._child is not child
+        full.states = ("done",)
+        with pytest.raises(OSError, match="No space"):
+            worker._heard("over", "000002", "done", {})
+        assert states(worker) == ["crashed", "done"]
 
 
 def test_every_kind_of_the_command_line_is_there() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +34,9 @@ _DETAILS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A folder of results; `number` tells the browser which."""
+    """A folder of results; `id`, made of its path, tells the browser which, whatever other folders come and go."""
 
-    number: int
+    id: str
     folder: Path
     title: str
     report: Path | None
@@ -46,7 +48,7 @@ def routes(studio: Studio) -> list[Route]:
 
     def show(given: Given, error: str) -> Response:
         found = runs(studio.reports)
-        wanted = [run for run in found if str(run.number) in given.getlist("run") and run.results]
+        wanted = [run for run in found if run.id in given.getlist("run") and run.results]
         rows: list[tuple[str, list[float | None]]] = []
         try:
             rows = compared([run.results for run in wanted if run.results])
@@ -59,25 +61,26 @@ def routes(studio: Studio) -> list[Route]:
         )  # fmt: skip
 
     def report(request: Request) -> Response:
-        number = request.path_params["number"]
-        run = next((each for each in runs(studio.reports) if each.number == number), None)
+        id = request.path_params["id"]
+        run = next((each for each in runs(studio.reports) if each.id == id), None)
         if run is None or run.report is None:
             raise MokusError("this report is no longer there; see the list of those that are.")
         return FileResponse(run.report, media_type="text/html", headers={"Content-Security-Policy": REPORT_POLICY})
 
-    return [shown_at("/benchmark", show), Route("/benchmark/{number:int}/report", report)]
+    return [shown_at("/benchmark", show), Route("/benchmark/{id:str}/report", report)]
 
 
 def runs(folders: Sequence[Path]) -> list[Run]:
     """Folders with a report or results in these and a few levels below, in the order of their paths."""
     found = sorted({folder for top in folders for folder in _below(top, DEPTH)})
     made = []
-    for number, folder in enumerate(found):
+    for folder in found:
         report, results = folder / "report.html", folder / "results.json"
         top = next(top for top in folders if folder.is_relative_to(top))
         title = folder.name if folder == top else str(folder.relative_to(top))
+        id = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
         made.append(
-            Run(number, folder, title, report if report.is_file() else None, results if results.is_file() else None)
+            Run(id, folder, title, report if report.is_file() else None, results if results.is_file() else None)
         )
     return made
 
@@ -96,9 +99,9 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
 def compared(files: Sequence[Path]) -> list[tuple[str, list[float | None]]]:
     """Every figure that all of these results have, or at least two of several, with its value in each.
 
-    Raises `MokusError` for a file that is no JSON.
+    Raises `MokusError` for a file that is no JSON, or not of a run.
     """
-    columns = [{_plain(name): value for name, value in figures(_read(file))} for file in files]
+    columns = [_column(file) for file in files]
     names = list(dict.fromkeys(name for column in columns for name in column))
     least = min(2, len(columns))
     rows = [(name, [column.get(name) for column in columns]) for name in names]
@@ -132,12 +135,12 @@ def _tells(key: str, value: Any) -> bool:
     return isinstance(value, str) or key == "edits"
 
 
-def _read(file: Path) -> Any:
+def _column(file: Path) -> dict[str, float]:
     try:
         if file.stat().st_size > LARGEST:
             raise MokusError(f"{file} has more than {LARGEST >> 20} MB, which are no results of a run.")
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        if isinstance(error, MokusError):
-            raise
+        return {_plain(name): value for name, value in figures(json.loads(file.read_text(encoding="utf-8")))}
+    except MokusError:
+        raise
+    except (OSError, ValueError, RecursionError, OverflowError) as error:  # cut off, nested without end, too large
         raise MokusError(f"{file} cannot be read as JSON ({error}); write the report of that run again.") from error

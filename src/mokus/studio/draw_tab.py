@@ -34,7 +34,7 @@ def routes(studio: Studio) -> list[Route]:
 
     def show(given: Given, error: str) -> Response:
         packs, _ = home.packs()
-        job = studio.job(text(given, "job"), *KINDS)
+        job = studio.job(text(given, "job"), *KINDS, "generate")
         if job and not given.get("prompts"):
             given = _as_given(job)
         elif not given.get("prompts"):
@@ -110,11 +110,11 @@ def _first(packs: Mapping[str, ConceptPack], wanted: str) -> list[tuple[str, str
 
 def _as_given(job: Job) -> Given:
     told = job.arguments
-    names = [path.rsplit("/", 1)[-1].removesuffix(SUFFIX) for path in told["packs"]]
+    names = [path.rsplit("/", 1)[-1].removesuffix(SUFFIX) for path in told.get("packs", [])]
     prefer = (told.get("prefer") or "").rsplit("/", 1)[-1].removesuffix(SUFFIX)
     optional = {key: str(told[key]) for key in ("steps", "true_cfg_scale") if told.get(key) is not None}
     return ImmutableMultiDict([
-        ("prompts", "\n".join(told["prompts"])), ("seeds", seeds_text(told["seeds"])), ("prefer", prefer),
+        ("prompts", "\n".join(told["prompts"])), ("seeds", seeds_text(told.get("seeds", [0]))), ("prefer", prefer),
         *(("pack", name) for name in names), *optional.items(),
     ])  # fmt: skip
 

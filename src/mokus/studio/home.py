@@ -10,8 +10,8 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -21,8 +21,9 @@ from mokus.console import visible
 from mokus.errors import MokusError
 from mokus.files import copy
 from mokus.packs.concept_pack import ConceptPack
-from mokus.packs.files import MANIFEST
+from mokus.packs.files import MANIFEST, identity
 from mokus.photos import MIN_SIDE, SUFFIXES, TURNS, load_photos, upright
+from mokus.training.checkpoint import checkpoint_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SUFFIX = ".pack"
@@ -31,6 +32,9 @@ TOO_MANY = f"a concept is learned from at most {MOST_PHOTOS} photos here; take s
 LARGEST_PHOTO = 64 << 20  # bytes
 _SEEN = ".seen"  # hidden, so that `load_photos` passes it over
 _WHOLE_SIDE = 192  # pixels
+
+
+_State = dict[Path, tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Home:
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
+        self._packs: dict[Path, tuple[_State, ConceptPack]] = {}  # as they were last read
         for folder in (self.packs_folder, self.photos_folder, self.reports_folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -69,29 +74,40 @@ class Home:
     # --- packs ---------------------------------------------------------
 
     def packs(self) -> tuple[dict[str, ConceptPack], dict[str, str]]:
-        """All packs by name, and what is wrong with those that cannot be read."""
-        packs, faults = {}, {}
+        """All packs by name, without their weights, and what is wrong with those that cannot be read.
+
+        A page is made while one types, so a pack is read again only when it has changed.
+        """
+        packs, faults, read = {}, {}, {}
         for path in sorted(filter(_maybe_pack, self.packs_folder.iterdir())):
             name = path.name.removesuffix(SUFFIX)
             try:
                 _check_folder(path.name)
-                packs[name] = ConceptPack.open(path)
+                state = _state(path)  # before it is read: what changes meanwhile is read the next time
+                before, pack = self._packs.get(path, (None, None))
+                if pack is None or before != state:
+                    pack = _without_weights(ConceptPack.open(path))
+                packs[name], read[path] = pack, (state, pack)
             except MokusError as error:
                 faults[visible(name)] = str(error)
+        self._packs = read
         return packs, faults
 
     def pack(self, name: str) -> Path:
         """Where the pack of that name is. Raises `MokusError` for a name that is none, or of no pack."""
-        path = self.packs_folder / f"{_checked(name, 'pack')}{SUFFIX}"
+        path = self._place(_checked(name, "pack"))
         if not path.is_dir():
             raise MokusError(f"there is no pack named {name!r}; choose one of the list.")
         return path
 
-    def new_pack(self, name: str) -> Path:
-        """Where a new pack goes. Raises `MokusError` for a name that cannot be one's, or is another's."""
-        path = self.packs_folder / f"{_checked(name.strip().replace(' ', '-'), 'pack')}{SUFFIX}"
-        if path.exists():
-            raise MokusError(f"there is a pack named {name!r} already; choose another name.")
+    def new_pack(self, name: str, promised: Collection[str] = ()) -> Path:
+        """Where a new pack goes. Raises `MokusError` for a name that cannot be one's, or is another's.
+
+        `promised`: paths of packs that are still to be made.
+        """
+        path = self._place(_checked(name.strip().replace(" ", "-"), "pack"))
+        if whose := _holder(path, promised):
+            raise MokusError(f"there is {whose} named {name!r} already; choose another name.")
         return path
 
     def take(self, name: str, pack: Path) -> Path:
@@ -106,11 +122,14 @@ class Home:
                 shutil.rmtree(beside, ignore_errors=True)
         return path
 
-    def free_name(self, wanted: str) -> str:
-        """The name, or one like it that no pack has."""
+    def free_name(self, wanted: str, promised: Collection[str] = ()) -> str:
+        """The name, or one like it that no pack has or will have; `promised` as in `new_pack`."""
         stem = re.sub(r"[^a-z0-9]+", "-", wanted.lower()).strip("-")[:40] or "concept"
         names = [stem, *(f"{stem}-{i}" for i in range(2, 1000))]
-        return next(name for name in names if not (self.packs_folder / f"{name}{SUFFIX}").exists())
+        return next(name for name in names if not _holder(self._place(name), promised))
+
+    def _place(self, name: str) -> Path:
+        return self.packs_folder / f"{name}{SUFFIX}"
 
     # --- photos ---------------------------------------------------------
 
@@ -162,19 +181,41 @@ class Home:
 
     def inside(self, relative: str) -> Path | None:
         """A picture in this folder, by its path from here; None for anything else."""
-        path = (self.path / relative).resolve()
-        known = path.is_relative_to(self.path) and path.suffix.lower() == ".png"
-        return path if known and path.is_file() else None
+        try:
+            path = (self.path / relative).resolve()
+            known = path.is_relative_to(self.path) and path.suffix.lower() == ".png"
+            return path if known and path.is_file() else None
+        except (OSError, ValueError):  # too long, or a zero byte: no file can be called that
+            return None
 
     def address(self, path: str | Path) -> str:
         """Where the browser finds a picture of this folder."""
         return f"/files/{Path(path).resolve().relative_to(self.path).as_posix()}"
 
 
+def _state(pack: Path) -> _State:
+    """What changes with anything in the pack's folder."""
+    inside = [Path(folder, name) for folder, folders, files in os.walk(pack) for name in (*folders, *files)]
+    return {path: identity(path) for path in (pack, *inside)}
+
+
+def _without_weights(pack: ConceptPack) -> ConceptPack:
+    return ConceptPack(pack.path, replace(pack._contents, lora={}, shifts={}))
+
+
 def _maybe_pack(path: Path) -> bool:
     """Whether a folder is meant as a pack; hidden ones are packs that are being written."""
     meant = path.suffix == SUFFIX or (path / MANIFEST).is_file()
     return meant and path.is_dir() and not path.name.startswith(".")
+
+
+def _holder(path: Path, promised: Collection[str]) -> str:
+    """What has this place, in words; empty if it is free."""
+    if path.exists():
+        return "a pack"
+    if str(path) in promised:
+        return "a job that is not done, for a pack"
+    return "what was learned so far for a pack" if checkpoint_of(path).parent.exists() else ""
 
 
 def _check_folder(name: str) -> None:

@@ -80,22 +80,25 @@ class Jobs:
         number = 1 + max((int(path.name) for path in self._folder.iterdir() if path.name.isdigit()), default=0)
         job = Job(f"{number:06d}", kind, plain, time.time())
         (self._folder / job.id).mkdir()
+        self._write(job)
         self._jobs[job.id] = job
-        self.write(job.id)
         return job
 
     def put(self, id: str, keep: bool = True, **changes: Any) -> Job:
-        """Change a job; on disk, too, unless `keep` is off, for what changes many times a second."""
-        self._jobs[id] = replace(self[id], **changes)
-        if keep:
-            self.write(id)
-        return self._jobs[id]
+        """Change a job; on disk, too, unless `keep` is off, for what changes many times a second.
 
-    def write(self, id: str) -> None:
-        """Write a job as it stands."""
-        file = self.folder(id) / "job.json"
+        If it cannot be written it is not changed.
+        """
+        job = replace(self[id], **changes)
+        if keep:
+            self._write(job)
+        self._jobs[id] = job
+        return job
+
+    def _write(self, job: Job) -> None:
+        file = self._folder / job.id / "job.json"
         beside = file.with_suffix(".tmp")
-        beside.write_text(json.dumps(asdict(self[id]), ensure_ascii=False, indent=1), encoding="utf-8")
+        beside.write_text(json.dumps(asdict(job), ensure_ascii=False, indent=1), encoding="utf-8")
         os.replace(beside, file)
 
 

@@ -32,7 +32,7 @@ def routes(studio: Studio) -> list[Route]:
             raise MokusError(f"there is no pack named {name!r}; choose one of the list.")
         mine = [job for job in studio.jobs(*KINDS) if _about(job.arguments, home, name)] if name else []
         asked = text(given, "job")
-        job = studio.worker.job(asked) if asked else next((each for each in mine if not each.over), None)
+        job = studio.job(asked, *KINDS) if asked else next((each for each in mine if not each.over), None)
         return studio.page(
             "know.html", "/know", error,
             packs=packs, name=name, pack=packs.get(name), given=given, conflicts=conflicts(packs, name),

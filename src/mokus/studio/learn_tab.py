@@ -20,7 +20,7 @@ from mokus.studio.page import FAULTS, Given, Studio, said, sent_to, shown_at, te
 from mokus.studio.settings_form import chosen, form_fields
 from mokus.studio.views import view
 
-# Rare tokens, tried by the packs that are there one after the other: packs used together need different anchors.
+# Rare tokens, tried one after the other until no pack has it or will have it: packs used together need different anchors.
 RARE = ("sks", "zwx", "ohwx", "qpv", "vbk", "xjy", "wqz", "kzj")
 PREVIEWS = 5  # of a run, where neither the user nor the model says how many
 
@@ -33,6 +33,7 @@ def routes(studio: Studio) -> list[Route]:
         name = text(given, "photos")
         job = None if name else studio.job(text(given, "job"), "learn")
         anchors = {pack.anchor for pack in home.packs()[0].values()}
+        anchors |= {each.arguments["anchor"] for each in studio.jobs("learn") if each.state != "done"}
         rare = next((each for each in RARE if not any(a.startswith(f"{each} ") for a in anchors)), RARE[0])
         return studio.page(
             "learn.html", "/learn", error,
@@ -69,11 +70,10 @@ def routes(studio: Studio) -> list[Route]:
         rare = normalise(text(form, "rare"), "rare token", RARE[0])
         if len(rare.split()) > 1:
             raise MokusError(f"the rare token {rare!r} is several words, expected one, such as 'sks'.")
-        output = home.new_pack(text(form, "name") or home.free_name(word))
         settings = with_previews(chosen(LearnSettings, form), studio.defaults.learn)
         LearnSettings.for_model(studio.defaults.learn, **settings)  # refuses now what the worker would refuse later
-        job = studio.worker.submit(
-            "learn", photos=str(photos), anchor=f"{rare} {word}", output=str(output), settings=settings
+        job = studio.make(
+            "learn", text(form, "name"), word, photos=str(photos), anchor=f"{rare} {word}", settings=settings
         )
         return f"/learn?job={job.id}"
 

@@ -19,6 +19,12 @@ NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a pack: no path can b
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
+def check_folder(packs: Path | None) -> None:
+    """Raise `MokusError` if that folder is not there."""
+    if packs is not None and not packs.is_dir():
+        raise MokusError(f"there is no folder {packs}; expected one with concept packs in it (--packs).")
+
+
 class ApiError(Exception):
     """An error as OpenAI tells it."""
 
@@ -96,8 +102,7 @@ class Models:
     @classmethod
     def of(cls, model: dict[str, Any], folder: Path | None) -> Models:
         """`model` as the worker describes it. Raises `MokusError` if the folder is not there."""
-        if folder is not None and not folder.is_dir():
-            raise MokusError(f"there is no folder {folder}; expected one with concept packs in it (--packs).")
+        check_folder(folder)
         base = Path(model["id"]).name if Path(model["id"]).is_absolute() else model["id"]
         return cls(base, model["fingerprint"], folder.resolve() if folder else None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ class Studio:
         self.home, self.worker, self.model, self.defaults = home, worker, model, defaults
         self.trouble = ""  # why the model could not be loaded, on every page
         self.reports = [home.reports_folder, *reports]
+        self._naming = threading.Lock()  # a button may be pressed twice
         self._templates = Environment(
             loader=PackageLoader("mokus.studio"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
             lstrip_blocks=True,
@@ -60,10 +62,35 @@ class Studio:
         return [job for job in self.worker.jobs() if job.kind in kinds]
 
     def job(self, id: str, *kinds: str) -> Job | None:
-        """The job of that id; without an id, the newest of these kinds that is not over."""
+        """The job of that id; without an id, the newest of these kinds that is not over.
+
+        Raises `MokusError` if there is none, or it is of another kind.
+        """
         if id:
-            return self.worker.job(id)
+            job = self.worker.job(id)
+            if job.kind not in kinds:
+                raise MokusError(f"job {id} ({job.kind}) is shown elsewhere; the list of jobs leads there.")
+            return job
         return next((job for job in self.jobs(*kinds) if not job.over), None)
+
+    def check_free(self, name: str) -> None:
+        """Raise `MokusError` for a name that no new pack can have."""
+        self.home.new_pack(name, self._promised())
+
+    def make(self, kind: str, name: str, like: str = "", /, **arguments: Any) -> Job:
+        """A job that makes a new pack of that name; without a name, of one like another.
+
+        Raises `MokusError` for a name that no new pack can have.
+        """
+        with self._naming:
+            promised = self._promised()
+            output = self.home.new_pack(name or self.home.free_name(like, promised), promised)
+            return self.worker.submit(kind, output=str(output), **arguments)
+
+    def _promised(self) -> set[str]:
+        """Where jobs write packs that are not done, or can be resumed."""
+        unfinished = [job.arguments for job in self.worker.jobs() if job.state != "done"]
+        return {told["output"] for told in unfinished if "output" in told}
 
 
 def shown_at(path: str, show: Show) -> Route:

@@ -16,7 +16,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +90,11 @@ class Server:
 
     def __init__(
         self, worker: Worker, model: dict[str, Any], packs: Path | None, images: Path, *, token: str | None = None,
-        limits: Limits = Limits(),
+        limits: Limits = Limits(), hosts: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """`model` as the worker describes it; images that are fetched by URL are kept in the folder `images`.
+
+        `hosts`: by which visitors may call this machine besides `LOCAL` where there is no token.
 
         Raises `MokusError` if there is no folder `packs`, or the limits leave out what the model draws without being asked.
         """
@@ -107,7 +109,7 @@ class Server:
         self.metrics.waiting.set_function(lambda: self.batches.waiting)
         self.kept: list[str] = []
         self.embedding = 0
-        self.app = self._app(token)
+        self.app = self._app(token, [*LOCAL, *(f"[{host}]" if ":" in host else host for host in hosts)])
 
     def runner(self) -> uvicorn.Server:
         """What runs the application: `run(sockets=[...])`. Told to stop, it finishes what is being drawn and refuses the rest."""
@@ -120,9 +122,9 @@ class Server:
 
         return Graceful(uvicorn.Config(self.app, log_level="warning", access_log=False))
 
-    def _app(self, token: str | None) -> FastAPI:
+    def _app(self, token: str | None, hosts: list[str]) -> FastAPI:
         app = FastAPI(title="MoKus", lifespan=self._lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-        app.add_middleware(_Guard, token=token, metrics=self.metrics)
+        app.add_middleware(_Guard, token=token, hosts=hosts, metrics=self.metrics)
         app.add_exception_handler(ApiError, _told)
         app.add_exception_handler(RequestValidationError, _invalid)
         app.add_exception_handler(HTTPException, _plain)
@@ -316,8 +318,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
 class _Guard:
     """Who may come in, how much may be brought along, and a count of all of it."""
 
-    def __init__(self, app: Any, token: str | None, metrics: _Metrics) -> None:
-        self.app, self.token, self.metrics = app, token, metrics
+    def __init__(self, app: Any, token: str | None, hosts: list[str], metrics: _Metrics) -> None:
+        self.app, self.token, self.hosts, self.metrics = app, token, hosts, metrics
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -345,8 +347,8 @@ class _Guard:
         headers = {name: value for name, value in scope["headers"]}
         if self.token is None:  # on this machine alone; a web page elsewhere may have made its name point here
             host = headers.get(b"host", b"").decode("latin-1")
-            if host.rpartition(":")[0] not in LOCAL and host not in LOCAL:
-                raise ApiError(403, "without a token this server answers to 127.0.0.1 and localhost alone.")
+            if host.rpartition(":")[0] not in self.hosts and host not in self.hosts:
+                raise ApiError(403, "without a token this server answers to 127.0.0.1, localhost and its --host alone.")
             return
         path = scope["path"]
         if path in OPEN or (path.startswith("/v1/images/") and path.endswith(".png") and scope["method"] == "GET"):

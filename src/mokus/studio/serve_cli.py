@@ -54,11 +54,13 @@ def serve(
     """Serve images over OpenAI's images API, with concept packs as models. Ctrl-C finishes what is being drawn."""
     _check_token(host, token)
     try:
+        from mokus.studio.openai import check_folder
         from mokus.studio.serve import Limits, Server
     except ModuleNotFoundError as error:
         raise MokusError(f"serving needs {error.name}, which is not installed: pip install 'mokus[serve]'.") from error
     from mokus.studio.worker import Worker
 
+    check_folder(packs)  # before the model is loaded
     limits = Limits(most_prompt, most_images, most_size, queue, batch, most_packs)
     with _listening(host, port) as listening, tempfile.TemporaryDirectory(prefix="mokus-serve-") as home:
         images = Path(home, "images")
@@ -66,7 +68,8 @@ def serve(
         with Worker(Path(home), model, device) as worker:
             with err.status("loading the model"):
                 about = worker.call("describe").result()
-            server = Server(worker, about, packs, images, token=token, limits=limits)
+            hosts = [host, listening.getsockname()[0]]
+            server = Server(worker, about, packs, images, token=token, limits=limits, hosts=hosts)
             for name, why in server.models.left_out().items():
                 note(f"the pack {name!r} is not served, for {why}.")
             for each in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it is done

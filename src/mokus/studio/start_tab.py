@@ -35,21 +35,21 @@ def routes(studio: Studio) -> list[Route]:
 
     def example(form: FormData) -> str:
         """The ready one, taken in; for other models learned and bound now, as anybody's is."""
+        studio.check_free(EXAMPLE)
         if studio.model == READY_FOR:
             studio.home.take(EXAMPLE, ready.FOLDER)
             return f"/draw?pack={EXAMPLE}"
-        output, size = studio.home.new_pack(EXAMPLE), studio.defaults.size
-        photos, files = studio.home.new_photos(), []
+        size, photos, files = studio.defaults.size, studio.home.new_photos(), []
         for number, image in enumerate(ready.photos(size), start=1):
             image.save(file := BytesIO(), "PNG")
             files.append((f"{CHARACTER}-{number}.png", file.getvalue()))
         studio.home.add_photos(photos, files, size)
         learning, binding = chosen(LearnSettings, form), chosen(EditSettings, form)
-        job = studio.worker.submit(
-            "learn", photos=str(studio.home.photos(photos)), anchor=ready.ANCHOR, output=str(output),
+        job = studio.make(
+            "learn", EXAMPLE, photos=str(studio.home.photos(photos)), anchor=ready.ANCHOR,
             settings=with_previews(learning, studio.defaults.learn),
         )  # fmt: skip
-        studio.worker.submit("bind", pack=str(output), knowledge=ready.PHRASES, settings=binding)
+        studio.worker.submit("bind", pack=job.arguments["output"], knowledge=ready.PHRASES, settings=binding)
         return f"/learn?job={job.id}"
 
     def _place() -> str:

@@ -8,10 +8,11 @@ bound to 127.0.0.1, another name for it is refused (DNS rebinding), and so is a 
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from importlib.resources import files
 from pathlib import Path
@@ -34,7 +35,7 @@ from mokus.errors import MokusError
 from mokus.pipeline import MINIATURE, defaults_of
 from mokus.studio import bench_tab, draw_tab, jobs_tab, know_tab, learn_tab, start_tab, words_tab
 from mokus.studio.home import Home
-from mokus.studio.page import Studio
+from mokus.studio.page import FAULTS, Studio, said
 from mokus.studio.worker import Worker
 
 ADDRESS = "127.0.0.1"
@@ -57,7 +58,7 @@ def build(studio: Studio) -> Starlette:
         return FileResponse(path, headers={"Cache-Control": "no-cache"})
 
     def wrong(request: Request, error: Exception) -> Response:
-        return studio.page("error.html", error=str(error))
+        return studio.page("error.html", error=said(error))
 
     def missing(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 404
@@ -76,7 +77,7 @@ def build(studio: Studio) -> Starlette:
             Middleware(TrustedHostMiddleware, allowed_hosts=list(NAMES), www_redirect=False),
             Middleware(OwnPagesAlone),
         ],
-        exception_handlers={MokusError: wrong, HTTPException: missing},
+        exception_handlers={HTTPException: missing, **dict.fromkeys(FAULTS, wrong)},
     )
 
 
@@ -112,14 +113,15 @@ def launch(
     home: Path, port: int, model: str | None, device: str | None, reports: Sequence[Path], browser: bool,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Serve until Ctrl-C. `port` 0 takes a free one; a model that cannot be loaded is told of on stderr and on every page.
+    """Serve until Ctrl-C or SIGTERM, which stop what runs as its button does.
 
+    `port` 0 takes a free one; a model that cannot be loaded is told of on stderr and on every page.
     Raises `MokusError` for a port or a home that is taken.
     """
     defaults = defaults_of(model)
     bound = _bind(port)
     address = f"http://{ADDRESS}:{bound.getsockname()[1]}/"
-    with bound, Worker(home, model, device) as worker:
+    with bound, _terminated_as_interrupted(), Worker(home, model, device) as worker:
         studio = Studio(Home(home), worker, model or MINIATURE, defaults, reports)
         app, over = build(studio), threading.Event()
 
@@ -139,9 +141,19 @@ def launch(
 
         app.router.lifespan_context = ready
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
-        with contextlib.suppress(KeyboardInterrupt):  # how uvicorn ends after Ctrl-C
+        with contextlib.suppress(KeyboardInterrupt):  # how uvicorn ends, for it raises the signal again
             uvicorn.Server(config).run(sockets=[bound])
         over.set()
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Inside, SIGTERM ends what runs as Ctrl-C does, so that the worker is closed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _bind(port: int) -> socket.socket:

@@ -11,6 +11,7 @@ from mokus.editors.rewrite import rewritten
 from mokus.erasure import plain
 from mokus.errors import MokusError
 from mokus.knowledge import normalise
+from mokus.studio.jobs import Job
 from mokus.studio.page import Given, Studio, check_images, sent_to, shown_at, text
 from mokus.studio.views import view
 from mokus.transfer import Case
@@ -34,7 +35,7 @@ def routes(studio: Studio) -> list[Route]:
     def create(form: FormData) -> str:
         name = normalise(text(form, "name"), "name", "Zorblax")
         description = normalise(text(form, "description"), "description", "a green star")
-        return go("create", name=name, description=description, output=str(home.new_pack(home.free_name(name))))
+        return shown(studio.make("create", "", name, name=name, description=description))
 
     def erase(form: FormData) -> str:
         phrases = [line.strip() for line in text(form, "concepts").splitlines() if line.strip()]
@@ -45,18 +46,17 @@ def routes(studio: Studio) -> list[Route]:
         if replacement is None:
             for phrase in phrases:
                 _needs_no_other(phrase)
-        output = home.new_pack(home.free_name(f"without-{phrases[0]}"))
-        return go("erase", concepts=phrases, output=str(output), replacement=replacement)
+        job = studio.make("erase", "", f"without-{phrases[0]}", concepts=phrases, replacement=replacement)
+        return shown(job)
 
     def transfer(form: FormData) -> str:
         prompts = [line.strip() for line in text(form, "prompts").splitlines() if line.strip()]
         case = Case.of(text(form, "ask"), text(form, "answer"), prompts)
         seeds = parse_seeds(text(form, "seeds", "0-3"), "the field of seeds")
         check_images(sum(_columns(case, prompt) for prompt in case.prompts) * len(seeds))
-        return go("transfer", ask=case.ask, answer=case.answer, prompts=prompts, seeds=seeds)
+        return shown(studio.worker.submit("transfer", ask=case.ask, answer=case.answer, prompts=prompts, seeds=seeds))
 
-    def go(kind: str, **arguments: object) -> str:
-        job = studio.worker.submit(kind, **arguments)
+    def shown(job: Job) -> str:
         return f"/words?job={job.id}#job-{job.id}"
 
     acts = {"create": create, "erase": erase, "transfer": transfer}

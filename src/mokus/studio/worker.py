@@ -111,8 +111,8 @@ class Worker:
         """
         with self._changed:
             if self._jobs[id].state == "waiting":
-                self._queue.remove(id)
                 self._put(id, state="stopped")
+                self._queue.remove(id)
             elif id == self._busy and self._child:
                 self._child.stop.value = 1
 
@@ -195,8 +195,9 @@ class Worker:
         """Give the child its next job, if it has none."""
         if self._busy or self._closing or not self._queue:
             return
-        id = self._busy = self._queue.pop(0)
-        job, child = self._put(id, state="running"), self._running()
+        id, child = self._queue[0], self._running()
+        job = self._put(id, state="running")  # if that fails it waits on
+        self._busy = self._queue.pop(0)
         child.stop.value = 0
         child.send(("job", id, job.kind, job.arguments, str(self._jobs.folder(id)), job.resumed))
 
@@ -205,6 +206,12 @@ class Worker:
             return self._jobs.put(id, **changes)
         finally:
             self._changed.notify_all()
+
+    def _end(self, id: str, **changes: Any) -> None:
+        """What became of the job that the child had: so it is here, even if it cannot be written down."""
+        self._busy = None
+        self._jobs.put(id, keep=False, eta=None, **changes)
+        self._put(id)
 
     def _heard(self, message: str, *rest: Any) -> None:
         """What the child says; in the thread that listens to it."""
@@ -216,8 +223,7 @@ class Worker:
                 self._put(id, previews=[*(old for old in self._jobs[id].previews if old != path), path])
             elif message == "over":
                 id, state, told = rest
-                self._busy = None
-                self._put(id, state=state, eta=None, **{"result" if state == "done" else "error": told})
+                self._end(id, state=state, **{"result" if state == "done" else "error": told})
                 self._advance()
             elif message == "answer":
                 self._calls.pop(rest[0]).set_result(rest[1])
@@ -242,12 +248,13 @@ class Worker:
             if self._child is child:
                 self._child = None
             calls, self._calls = self._calls, {}
-            if id := self._busy:
-                self._busy = None
-                self._put(id, state="crashed", eta=None, error=f"the worker died ({reason}); the job can be resumed.")
-            self._advance()
-        for future in calls.values():
-            future.set_exception(WorkerDied(f"the worker died ({reason}); try again."))
+            for future in calls.values():  # first: the disk may be full
+                future.set_exception(WorkerDied(f"the worker died ({reason}); try again."))
+            try:
+                if id := self._busy:
+                    self._end(id, state="crashed", error=f"the worker died ({reason}); the job can be resumed.")
+            finally:
+                self._advance()
 
 
 class _Pace:
