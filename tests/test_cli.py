@@ -262,7 +262,7 @@ BAD = {
     "learn photos --anchor '' -o out": "the anchor is empty",
     "learn photos --anchor 'sks toy?' -o out": "the anchor 'sks toy.' is a question",
     "learn photos --anchor 'sks toy' -o photos": "photos exists and is no concept pack",
-    "learn photos --anchor 'sks toy' -o photos/0.png": "0.png exists and is no concept pack",
+    "learn photos --anchor 'sks toy' -o photos/0.png": "0.png is a file; name a new folder",
     "learn photos --anchor 'sks toy' -o out --resume": "nothing to resume",
     "learn photos --anchor 'sks toy' -o out --steps 0": "steps is 0",
     "learn photos --anchor 'sks toy' -o out --learning-rate nan": "learning_rate is nan",
@@ -280,6 +280,11 @@ BAD = {
     "generate toy -o toy.pack": "toy.pack is in the concept pack",
     "generate toy -o toy.pack/samples/x": "is in the concept pack .*toy.pack, which holds nothing else",
     "export toy.pack --to comfyui -o toy.pack/x": "is in the concept pack",
+    "learn photos --anchor 'sks toy' -o toy.pack/in/side": "is in the concept pack .*toy.pack",
+    "create Zorblax --as 'a green star' -o toy.pack/inner.pack": "is in the concept pack .*toy.pack",
+    "create Zorblax --as 'a green star' -o toy.pack/inner.pack --overwrite": "is in the concept pack .*toy.pack",
+    "erase 'my old toy' -o toy.pack/inner.pack": "is in the concept pack .*toy.pack",
+    "pull me/toy -o toy.pack/in/side": "is in the concept pack .*toy.pack",
     "bind toy.pack 'SKS toy'": "'SKS toy' is the anchor itself",
     "bind toy.pack ''": "the knowledge is empty",
     "bind toy.pack '  '": "the knowledge is empty",
@@ -321,7 +326,7 @@ BAD = {
     "generate toy -o out --steps 1": "steps is 1, expected at least 2",
     "generate toy -o out --true-cfg-scale nan": "true_cfg_scale is nan",
     "generate toy -o out --batch-size 0": "Invalid value for '--batch-size'",
-    "generate toy -o photos/0.png": "File exists",
+    "generate toy -o photos/0.png": "0.png' is a file",
     "generate toy -o out --pack toy.pack --pack toy.pack": "same anchor 'sks toy'",
     "demo -o out --anchor toy": "one word",
     "demo -o out --knowledge ''": "the knowledge is empty",
@@ -334,6 +339,28 @@ BAD = {
 @pytest.mark.parametrize("line", BAD)
 def test_bad_input(place: Path, photos: Path, pack: ConceptPack, line: str) -> None:
     assert re.search(BAD[line], refused(place, *shlex.split(line)))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate toy -o link",
+        "generate toy -o link/x",
+        "demo -o link",
+        "export toy.pack --to comfyui -o link/x",
+        "learn photos --anchor 'sks toy' -o link/x",
+        "create Zorblax --as 'a green star' -o link/x",
+    ],
+)
+def test_a_link_into_a_pack_is_seen_through(place: Path, photos: Path, pack: ConceptPack, line: str) -> None:
+    (place / "link").symlink_to(pack.path / "samples")
+    assert re.search("link.* is in the concept pack .*toy.pack", refused(place, *shlex.split(line)))
+    assert not list(pack.path.rglob(".*")) and ConceptPack.open(pack.path).digest == pack.digest
+
+
+def test_a_path_that_goes_out_of_a_pack_is_none_into_it(place: Path, pack: ConceptPack) -> None:
+    good("generate", "toy", "-o", "toy.pack/../out")
+    assert (place / "out" / "toy-0.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ BAD = {
     f"erase '{CHARM}' --replace 'not {CHARM}' -o out": "itself",
     f"erase '{CHARM}' --replace '{'very ' * 30}plain' -o out": "tokens long",
     "erase -o out": "Missing argument 'CONCEPT",
-    f"erase '{CHARM}' -o file": "exists and is no concept pack",
+    f"erase '{CHARM}' -o file": "file is a file; name a new folder",
     f"erase '{CHARM}?' -o out": "is a question",
     "bench erase --erasures 0 -o out": "--erasures got '0'",
     "bench erase --erasures 500 -o out": "numbers up to 120",

@@ -24,7 +24,6 @@ from mokus.console import (
     ModelOption,
     PackArgument,
     SeedsOption,
-    check_free,
     file_names,
     hush,
     load_model,
@@ -40,7 +39,7 @@ from mokus.console import (
 from mokus.doctor import cli as doctor_cli
 from mokus.errors import MokusError
 from mokus.packs import cli as packs_cli
-from mokus.packs.files import refuse_inside
+from mokus.packs.files import check_free, refuse_inside
 from mokus.settings import AT_ONCE, EditSettings, LearnSettings
 from mokus.studio import serve_cli, ui_cli
 

@@ -265,15 +265,6 @@ def open_pack(path: Path) -> ConceptPack:
     return ConceptPack.open(path)
 
 
-def check_free(output: Path, overwrite: bool) -> None:
-    """Find out before hours of learning that its result has no place."""
-    if (output / "mokus.json").is_file():
-        if not overwrite:
-            raise MokusError(f"{output} is a concept pack already; name another folder, or replace it by --overwrite.")
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise MokusError(f"{output} exists and is no concept pack; name a new folder for it.")
-
-
 def print_edits(edits: list[Edit]) -> None:
     """A table of how edits went, and why those that have not taken have not."""
     table = Table("knowledge", "", "reads back", "alignment", "steps", "seconds", box=None, pad_edge=False)

@@ -14,7 +14,6 @@ from mokus.console import (
     JsonOption,
     ModelOption,
     SeedsOption,
-    check_free,
     load_model,
     parse_seeds,
     print_edits,
@@ -22,7 +21,7 @@ from mokus.console import (
     settings_options,
 )  # fmt: skip
 from mokus.errors import MokusError
-from mokus.packs.files import refuse_inside
+from mokus.packs.files import check_free, refuse_inside
 from mokus.settings import EditSettings
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from mokus.low_rank import LowRankShift, Shifts
 from mokus.memory import CPU
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.export_card import readme
-from mokus.packs.files import ADAPTER, ADAPTER_CONFIG, LORA, README, refuse_inside
+from mokus.packs.files import ADAPTER, ADAPTER_CONFIG, LORA, README, refuse_inside, refuse_taken
 from mokus.packs.weights import LORA_KEY, METADATA, adapter_config, adapter_tensors, factors_of
 from mokus.pipeline import CORPUS_FILE, DEFAULTS_FILE, MINIATURE
 from mokus.progress import Progress, silent
@@ -111,9 +111,8 @@ def output_of(pack: ConceptPack, to: str, output: str | Path | None) -> Path:
 
 
 def check_place(place: Path) -> None:
-    """Raise `MokusError` if something is there already."""
-    if not place.name or place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
-        raise MokusError(f"{place} exists already; name a new folder for the export with -o.")
+    """Raise `MokusError` if something is there already, or it lies in a pack."""
+    refuse_taken(place, "export")
     refuse_inside(place)
 
 
