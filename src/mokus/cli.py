@@ -293,7 +293,14 @@ def generate(
 @app.command()
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Folder of the report.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            file_okay=False,
+            help="Folder of the report and the pack; those of an earlier demo there are replaced.",
+        ),
     ] = Path("demo"),
     photos: Annotated[Path | None, typer.Option(help="Your own photos.", show_default="5 rendered ones")] = None,
     anchor: Annotated[str, typer.Option(help="A rare token and the class word.")] = "sks toy",
@@ -309,11 +316,12 @@ def demo(
     """Watch all of it: learn, bind, ask and draw before and after, unbind; writes report.html and grid.png."""
     numbers = parse_seeds(seeds)
     refuse_inside(output)
+    from mokus import demo, report
+
+    demo.check_place(output, photos)
     if photos is not None:
         _check_photos(photos)
     loaded = load_model(model, device)
-    from mokus import demo, report
-
     with Bars() as progress:
         story = demo.run(loaded, output, photos, anchor, knowledge or None, numbers, progress)
     page, grid = report.write(story, output)
