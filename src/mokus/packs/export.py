@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -261,12 +262,17 @@ def _rounded(rounding: Mapping[str, float], dtype: str) -> list[str]:
 
 
 def stored_dtype(model: str | Path | None) -> torch.dtype | None:
-    """The dtype in which a pipeline's folder keeps its image transformer; None if that cannot be told, as of a hub id."""
+    """The dtype in which a pipeline's folder keeps its image transformer; None if that cannot be told, as of a hub id.
+
+    Nor of damaged weights, of which `load` says what is wrong.
+    """
     folder = files("mokus.miniature").joinpath("weights") if model in (None, MINIATURE) else model
     for file in sorted(Path(str(folder), "transformer").glob("*.safetensors")):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        kinds = {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+        try:
+            with safe_open(file, "pt") as weights:  # which bounds the header, and checks it
+                kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  (no dict)
+        except SafetensorError:
+            return None
         found = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
         return found.get(kinds.pop()) if len(kinds) == 1 else None
     return None
