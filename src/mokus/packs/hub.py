@@ -106,8 +106,8 @@ def pull(repo: str, output: str | Path | None = None, revision: str | None = Non
     place = Path(output) if output is not None else Path(repo.partition("/")[2])
     refuse_taken(place, "pack")
     ConceptPack.check_place(place)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.resolve().with_name(f".{place.name}.{os.getpid()}.tmp")
+    there = next(parent for parent in place.resolve().parents if parent.exists())
+    beside = there / f".{place.name}.{os.getpid()}.tmp"
     api = HfApi()
     try:
         with _told(repo, revision):
@@ -121,6 +121,7 @@ def pull(repo: str, output: str | Path | None = None, revision: str | None = Non
             _fetch(api, repo, commit, sorted(manifest.files), sizes, beside)
         shutil.rmtree(beside / ".cache", ignore_errors=True)  # where the downloads kept their notes
         _check_whole(beside, repo)
+        place.resolve().parent.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no folder
         with locked_place(place.resolve()):
             refuse_taken(place, "pack")
             swap(beside, place.resolve())
