@@ -264,8 +264,8 @@ def generate(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw prompts, with the concepts and the knowledge of packs or without. One PNG per prompt and seed."""
-    numbers = parse_seeds(seeds)
+    """Draw prompts, with the concepts and the knowledge of packs or without. One PNG per prompt and seed, each of them once."""
+    numbers, prompts = parse_seeds(seeds), list(dict.fromkeys(prompts))
     refuse_inside(output)
     opened = [open_pack(path) for path in pack or []]
     _together(opened, prefer)
