@@ -236,8 +236,7 @@ USED = ("--pack", "toy.pack", "--pack", "dog.pack")
         (("--prefer", "toy.pack"), "toy.pack is to be preferred, but the packs in use are none; "
          "prefer one of these, or use it too."),
         (("--pack", "toy.pack", "--pack", "toy.pack", "--prefer", "toy.pack"),
-         "toy.pack and toy.pack have the same anchor 'sks toy', so no prompt tells them apart; use one of them, or "
-         "learn one again with another anchor."),
+         "toy.pack is given twice; leave it out once."),
     ],
 )  # fmt: skip
 def test_a_conflict_is_refused_before_a_model_is_loaded(

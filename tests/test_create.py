@@ -136,7 +136,7 @@ def test_packs_of_words_may_mean_the_same_but_not_bind_the_same(pico: Model, tmp
     assert len(shifts_of([one, two])) == 2
     with pytest.raises(MokusError, match="both bind"):
         shifts_of([one, two, three])
-    with pytest.raises(MokusError, match="same anchor"):
+    with pytest.raises(MokusError, match="is given twice"):
         shifts_of([one, one])
 
 
