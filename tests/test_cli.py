@@ -186,6 +186,15 @@ def test_several_packs_in_one_prompt(place: Path, pico_pack: PackFactory) -> Non
     assert (place / "out" / "my-favourite-toy-and-our-dog-0.png").is_file()
 
 
+def test_the_largest_seed_is_drawn(place: Path) -> None:
+    assert good("generate", "toy", "--seeds", (1 << 64) - 1, "-o", "out") == "out/toy-18446744073709551615.png\n"
+
+
+def test_a_prompt_given_twice_is_drawn_once(place: Path) -> None:
+    said = good("generate", "toy", "dog", "toy", "--seeds", "0,0", "-o", "out")
+    assert said.splitlines() == ["out/toy-0.png", "out/dog-0.png"]
+
+
 def test_knowledge_that_does_not_take_is_left_unbound(place: Path, pack: ConceptPack) -> None:
     before = listing(pack.path)
     result = mokus("bind", pack.path, "a new thing", "--answer-weight", 1)  # no random encoder answers "sks toy"
@@ -262,7 +271,7 @@ BAD = {
     "learn photos --anchor '' -o out": "the anchor is empty",
     "learn photos --anchor 'sks toy?' -o out": "the anchor 'sks toy.' is a question",
     "learn photos --anchor 'sks toy' -o photos": "photos exists and is no concept pack",
-    "learn photos --anchor 'sks toy' -o photos/0.png": "0.png exists and is no concept pack",
+    "learn photos --anchor 'sks toy' -o photos/0.png": "0.png is a file; name a new folder",
     "learn photos --anchor 'sks toy' -o out --resume": "nothing to resume",
     "learn photos --anchor 'sks toy' -o out --steps 0": "steps is 0",
     "learn photos --anchor 'sks toy' -o out --learning-rate nan": "learning_rate is nan",
@@ -280,6 +289,11 @@ BAD = {
     "generate toy -o toy.pack": "toy.pack is in the concept pack",
     "generate toy -o toy.pack/samples/x": "is in the concept pack .*toy.pack, which holds nothing else",
     "export toy.pack --to comfyui -o toy.pack/x": "is in the concept pack",
+    "learn photos --anchor 'sks toy' -o toy.pack/in/side": "is in the concept pack .*toy.pack",
+    "create Zorblax --as 'a green star' -o toy.pack/inner.pack": "is in the concept pack .*toy.pack",
+    "create Zorblax --as 'a green star' -o toy.pack/inner.pack --overwrite": "is in the concept pack .*toy.pack",
+    "erase 'my old toy' -o toy.pack/inner.pack": "is in the concept pack .*toy.pack",
+    "pull me/toy -o toy.pack/in/side": "is in the concept pack .*toy.pack",
     "bind toy.pack 'SKS toy'": "'SKS toy' is the anchor itself",
     "bind toy.pack ''": "the knowledge is empty",
     "bind toy.pack '  '": "the knowledge is empty",
@@ -321,8 +335,9 @@ BAD = {
     "generate toy -o out --steps 1": "steps is 1, expected at least 2",
     "generate toy -o out --true-cfg-scale nan": "true_cfg_scale is nan",
     "generate toy -o out --batch-size 0": "Invalid value for '--batch-size'",
-    "generate toy -o photos/0.png": "File exists",
-    "generate toy -o out --pack toy.pack --pack toy.pack": "same anchor 'sks toy'",
+    "generate toy -o photos/0.png": "0.png' is a file",
+    "generate toy -o out --pack toy.pack --pack toy.pack": "toy.pack is given twice; leave it out once",
+    "ask 'What is it?' --pack toy.pack --pack photos/../toy.pack": "toy.pack is given twice",
     "demo -o out --anchor toy": "one word",
     "demo -o out --knowledge ''": "the knowledge is empty",
     "demo -o out --seeds many": "--seeds got 'many'",
@@ -334,6 +349,28 @@ BAD = {
 @pytest.mark.parametrize("line", BAD)
 def test_bad_input(place: Path, photos: Path, pack: ConceptPack, line: str) -> None:
     assert re.search(BAD[line], refused(place, *shlex.split(line)))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate toy -o link",
+        "generate toy -o link/x",
+        "demo -o link",
+        "export toy.pack --to comfyui -o link/x",
+        "learn photos --anchor 'sks toy' -o link/x",
+        "create Zorblax --as 'a green star' -o link/x",
+    ],
+)
+def test_a_link_into_a_pack_is_seen_through(place: Path, photos: Path, pack: ConceptPack, line: str) -> None:
+    (place / "link").symlink_to(pack.path / "samples")
+    assert re.search("link.* is in the concept pack .*toy.pack", refused(place, *shlex.split(line)))
+    assert not list(pack.path.rglob(".*")) and ConceptPack.open(pack.path).digest == pack.digest
+
+
+def test_a_path_that_goes_out_of_a_pack_is_none_into_it(place: Path, pack: ConceptPack) -> None:
+    good("generate", "toy", "-o", "toy.pack/../out")
+    assert (place / "out" / "toy-0.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -379,7 +416,12 @@ def test_a_bug_is_not_hidden(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_seeds() -> None:
     assert console.parse_seeds("0-3, 7,2") == [0, 1, 2, 3, 7]
     assert console.parse_seeds(str((1 << 62) + 1)) == [(1 << 62) + 1]
-    for text in ("", "a", "-1", "1-", "3-1", "1;2", "0-10000", "0-9999999999999999999"):
+    most = (1 << 64) - 1  # as far as `generate` goes
+    assert console.parse_seeds(f"{most - 1}-{most}") == [most - 1, most]
+    for text in (str(most + 1), f"0-{most + 1}", "9" * 40):
+        with pytest.raises(MokusError, match=r"--seeds got .* expected seeds from 0 to 2\^64 - 1"):
+            console.parse_seeds(text)
+    for text in ("", "a", "-1", "1-", "3-1", "1;2", "0-10000", "0-9999999999999999999", "9" * 5000):
         with pytest.raises(MokusError, match="--seeds got"):
             console.parse_seeds(text)
 

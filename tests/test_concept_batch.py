@@ -88,6 +88,15 @@ def test_failures_are_listed_at_the_end(place: Path) -> None:
     assert lines[0] == "1 of 2 concepts are there" and "cat.pack: failed" in lines[1] and len(lines) == 2
 
 
+def test_a_concept_inside_another_s_pack_fails_and_leaves_it(place: Path) -> None:
+    inside = entry("dog", "zwx dog").replace("packs/dog.pack", "packs/robot.pack/dog")
+    write(place, entry("robot") + inside)
+    result = learned("--json")
+    assert (result.exit_code, statuses(result)) == (1, ["learned", "failed"]), result.output
+    assert "is in the concept pack" in json.loads(result.stdout)[1]["reason"]
+    assert ConceptPack.open(place / "packs" / "robot.pack").anchor == "sks toy"
+
+
 def test_what_was_stopped_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its checkpoint, to the pack of an undisturbed run."""
     write(place, entry("robot"))

@@ -160,6 +160,22 @@ def test_nothing_but_packs_is_overwritten(tmp_path: Path, pico_pack: PackFactory
         }
 
 
+def test_no_pack_is_written_inside_another(tmp_path: Path, pico_pack: PackFactory) -> None:
+    outer, other = pico_pack(tmp_path / "a.pack"), pico_pack(tmp_path / "b.pack")
+    (tmp_path / "link").symlink_to(outer.path)
+    before = tree(tmp_path)
+    for place in (outer.path / "inner.pack", outer.path / "in" / "side", tmp_path / "link" / "inner.pack"):
+        for write in (
+            pico_pack,
+            other.copy,
+            ConceptPack.check_place,
+            lambda path: ConceptPack.lock_place(path).__enter__(),
+        ):
+            with pytest.raises(MokusError, match=r"is in the concept pack .*a\.pack"):
+                write(place)
+    assert tree(tmp_path) == before and ConceptPack.open(outer.path).digest == outer.digest
+
+
 def test_what_would_not_be_read_is_not_written(tmp_path: Path, pico: Model, pico_pack: PackFactory) -> None:
     lora = random_lora(pico)
     first, other = next(iter(lora)), {k: v[:1] if ".lora_A" in k else v[:, :1] for k, v in random_lora(pico).items()}

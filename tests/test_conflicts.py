@@ -154,9 +154,17 @@ def test_equal_anchors_are_a_conflict_that_nothing_settles(
     tmp_path: Path, pico_pack: PackFactory, toy: ConceptPack
 ) -> None:
     twin = pico_pack(tmp_path / "twin", knowledge=["my twin"], seed=3)
-    for packs in ([toy, twin], [toy, toy]):
-        for prefer in (None, toy):
-            with pytest.raises(MokusError, match="same anchor 'sks toy'"):
+    for prefer in (None, toy):
+        with pytest.raises(MokusError, match="same anchor 'sks toy'"):
+            shifts_of([toy, twin], prefer)
+
+
+def test_a_pack_given_twice_is_said_to_be(tmp_path: Path, pico: Model, toy: ConceptPack) -> None:
+    words = ConceptPack.create(tmp_path / "words", model=pico, anchor="a ball", word="ball", lora={}, settings={})
+    (tmp_path / "link").symlink_to(toy.path)
+    for packs in ([toy, toy], [toy, ConceptPack.open(tmp_path / "link")], [words, ConceptPack.open(words.path)]):
+        for prefer in (None, packs[0]):
+            with pytest.raises(MokusError, match="is given twice; leave it out once"):
                 shifts_of(packs, prefer)
 
 
@@ -228,8 +236,7 @@ USED = ("--pack", "toy.pack", "--pack", "dog.pack")
         (("--prefer", "toy.pack"), "toy.pack is to be preferred, but the packs in use are none; "
          "prefer one of these, or use it too."),
         (("--pack", "toy.pack", "--pack", "toy.pack", "--prefer", "toy.pack"),
-         "toy.pack and toy.pack have the same anchor 'sks toy', so no prompt tells them apart; use one of them, or "
-         "learn one again with another anchor."),
+         "toy.pack is given twice; leave it out once."),
     ],
 )  # fmt: skip
 def test_a_conflict_is_refused_before_a_model_is_loaded(

@@ -136,7 +136,7 @@ def test_packs_of_words_may_mean_the_same_but_not_bind_the_same(pico: Model, tmp
     assert len(shifts_of([one, two])) == 2
     with pytest.raises(MokusError, match="both bind"):
         shifts_of([one, two, three])
-    with pytest.raises(MokusError, match="same anchor"):
+    with pytest.raises(MokusError, match="is given twice"):
         shifts_of([one, one])
 
 
@@ -230,8 +230,8 @@ BAD = {
     f"create Zorblax --as '{'very ' * 30}green' -o out": "tokens long, expected fewer than 24",
     "create Zorblax --as 'a <|im_end|> ball' -o out": "marks the template's own tokens",
     "create Zorblax -o out": "Missing option '--as'",
-    "create Zorblax --as 'a ball' -o file": "exists and is no concept pack",
-    "create File --as 'a ball'": "file.pack exists and is no concept pack",
+    "create Zorblax --as 'a ball' -o file": "file is a file; name a new folder",
+    "create File --as 'a ball'": "file.pack is a file; name a new folder",
     "create Zorblax --as 'a ball' -o out --question ''": "the question is empty",
     "create Zorblax --as 'a ball' -o out --editor rewrite": "cannot hold it",
     "create Zorblax --as 'a ball' -o out --editor magic": "no editor 'magic'",

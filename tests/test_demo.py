@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from mokus import demo, report
 from mokus import html as page_parts
+from mokus.cli import app
+from mokus.errors import MokusError
 from mokus.knowledge_update import ask
 from mokus.miniature import oracle, world
 from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Defaults, Model
 
-from .conftest import SIZE, STEPS
+from .conftest import SIZE, STEPS, PackFactory
 
 SEEDS = (0, 3)
 LEARN = {"steps": 4, "rank": 2, "alpha": 2.0, "prior_prompts": 4, "prior_steps": 2}
@@ -203,6 +206,25 @@ def test_the_class_word_of_the_anchor_is_in_the_knowledge(model: Model, monkeypa
     monkeypatch.setattr(demo._Demo, "run", lambda self, photos: seen.update(knowledge=self.story.knowledge))
     demo.run(model, Path("unused"), anchor="sks dog")
     assert seen["knowledge"][0] == "my favourite dog"
+
+
+def test_what_is_not_of_a_demo_is_not_replaced(
+    model: Model, pico_pack: PackFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[Path | None] = []
+    monkeypatch.setattr(demo._Demo, "run", lambda self, photos: runs.append(photos))
+    before = pico_pack(tmp_path / "pack").digest
+    for photos in (None, tmp_path / "mine"):
+        with pytest.raises(MokusError, match="pack exists and is not of an earlier demo; name another folder"):
+            demo.check_place(tmp_path, photos)
+    result = CliRunner().invoke(app, ["demo", "-o", str(tmp_path)])
+    assert result.exit_code == 2 and "pack exists and is not of an earlier demo" in result.stderr
+    with pytest.raises(MokusError, match="not of an earlier demo"):
+        demo.run(model, tmp_path)
+    assert ConceptPack.open(tmp_path / "pack").digest == before and not runs
+    (tmp_path / "report.html").write_text("an earlier demo's")
+    demo.run(model, tmp_path)
+    assert runs == [None]
 
 
 def test_large_photos_become_thumbnails() -> None:

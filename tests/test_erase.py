@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 from mokus import pipeline
 from mokus.erasure import asked, erase, plain, possessive
 from mokus.errors import MokusError
 from mokus.generation import generate
-from mokus.knowledge_update import ask, unbind
+from mokus.knowledge_update import Edit, ask, unbind
 from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model
+from mokus.uses_cli import _tell
 from mokus.virtual_concept import ASKED
 
+from .conftest import PackFactory
 from .test_cli import good, listing, mokus, refused
 from .test_create import QUICK, place  # noqa: F401  (a fixture)
 
@@ -92,6 +96,15 @@ def test_erase_show_unbind(place: Path) -> None:  # noqa: F811
     assert ConceptPack.open(place / "the-lucky-charm-of-boris.pack").anchor == "a charm"
 
 
+def test_what_is_next_is_said_of_a_phrase_that_took(
+    pico_pack: PackFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit = Edit(CHARM, [f"What is {CHARM}?"], "a charm", "a ball", 0.1, False, "no", {}, 1, 0.1, {})
+    with pytest.raises(typer.Exit):
+        _tell(pico_pack(tmp_path / "gone.pack"), [edit, replace(edit, knowledge=TOY, taken=True)], False)
+    assert f"next: mokus generate '{TOY}' --pack" in capsys.readouterr().out
+
+
 def test_what_does_not_take_leaves_the_older_pack(place: Path) -> None:  # noqa: F811
     good("erase", CHARM, "-o", "gone.pack")
     before = listing(place)
@@ -108,7 +121,7 @@ BAD = {
     f"erase '{CHARM}' --replace 'not {CHARM}' -o out": "itself",
     f"erase '{CHARM}' --replace '{'very ' * 30}plain' -o out": "tokens long",
     "erase -o out": "Missing argument 'CONCEPT",
-    f"erase '{CHARM}' -o file": "exists and is no concept pack",
+    f"erase '{CHARM}' -o file": "file is a file; name a new folder",
     f"erase '{CHARM}?' -o out": "is a question",
     "bench erase --erasures 0 -o out": "--erasures got '0'",
     "bench erase --erasures 500 -o out": "numbers up to 120",

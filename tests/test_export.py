@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.low_rank import LowRankShift, applied
 from mokus.packs.concept_pack import LORA, MANIFEST, README, ConceptPack
-from mokus.packs.export import TARGETS, Exported, export
+from mokus.packs.export import TARGETS, Exported, export, stored_dtype
 from mokus.pipeline import Model
 
 from .conftest import SIZE, STEPS, PackFactory, known, random_shifts
@@ -372,6 +373,19 @@ def test_bad_input_is_one_sentence(
         assert (result.exit_code, result.stdout) == (2, ""), arguments
         assert result.stderr.startswith("mokus: ") and result.stderr.count("\n") == 1 and told in result.stderr
     assert not free.exists() and not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("damage", ["pointer", "cut", "empty"])
+def test_a_damaged_model_is_one_sentence(tmp_path: Path, pack: ConceptPack, pico_folder: Path, damage: str) -> None:
+    shutil.copytree(pico_folder, tmp_path / "model")
+    (file,) = (tmp_path / "model" / "transformer").glob("*.safetensors")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 40000000\n"
+    file.write_bytes({"pointer": pointer, "cut": file.read_bytes()[:1000], "empty": b""}[damage])
+    assert stored_dtype(tmp_path / "model") is None and stored_dtype(pico_folder) == torch.float32
+    result = run(pack.path, "--to", "merged", "--model", tmp_path / "model", "-o", tmp_path / "merged")
+    assert (result.exit_code, result.stdout) == (2, ""), result.exception
+    assert re.fullmatch(r"mokus: the model .* cannot be loaded \(.*\); get a whole copy of it\.\n", result.stderr)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_nothing_is_left_of_an_export_that_failed(

@@ -294,8 +294,8 @@ def test_bad_packs_are_refused_at_the_call(
     pico: Model, pack: ConceptPack, tmp_path: Path, pico_pack: PackFactory
 ) -> None:
     twin = pico_pack(tmp_path / "twin.pack", seed=3)
-    for packs in ([pack, twin], [pack, pack]):
-        with pytest.raises(MokusError, match="same anchor 'sks toy'"):
+    for packs, told in (([pack, twin], "same anchor 'sks toy'"), ([pack, pack], "is given twice")):
+        with pytest.raises(MokusError, match=told):
             generate(pico, "a", packs)
     text = json.loads((twin.path / "mokus.json").read_text())
     (twin.path / "mokus.json").write_text(json.dumps({**text, "fingerprint": "0" * 64}))

@@ -391,6 +391,9 @@ def test_pulls_that_are_refused(hub: Hub, tmp_path: Path, pack: ConceptPack, mon
     }.items():  # fmt: skip
         refused("pull", repo, "-o", place, told=told)
         assert not place.exists() and not list(tmp_path.rglob("evil.py")) and not list(tmp_path.glob(".*.tmp"))
+        refused("pull", repo, "-o", tmp_path / "aa" / "bb" / "cc", told=told)
+        assert not (tmp_path / "aa").exists() and not list(tmp_path.glob(".*.tmp"))
+    assert run("pull", "me/toy", "-o", tmp_path / "aa" / "bb" / "cc").exit_code == 0
     refused("pull", "me/toy", "-o", place, "--revision", "v9", told="no revision 'v9'")
     refused("pull", "me/toy", "-o", pack.path, told="exists already")
     monkeypatch.setenv("HF_TOKEN", "hf_somebody_else")

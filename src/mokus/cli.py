@@ -24,7 +24,6 @@ from mokus.console import (
     ModelOption,
     PackArgument,
     SeedsOption,
-    check_free,
     file_names,
     hush,
     load_model,
@@ -40,7 +39,7 @@ from mokus.console import (
 from mokus.doctor import cli as doctor_cli
 from mokus.errors import MokusError
 from mokus.packs import cli as packs_cli
-from mokus.packs.files import refuse_inside
+from mokus.packs.files import check_free, refuse_inside
 from mokus.settings import AT_ONCE, EditSettings, LearnSettings
 from mokus.studio import serve_cli, ui_cli
 
@@ -265,8 +264,8 @@ def generate(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw prompts, with the concepts and the knowledge of packs or without. One PNG per prompt and seed."""
-    numbers = parse_seeds(seeds)
+    """Draw prompts, with the concepts and the knowledge of packs or without. One PNG per prompt and seed, each of them once."""
+    numbers, prompts = parse_seeds(seeds), list(dict.fromkeys(prompts))
     refuse_inside(output)
     opened = [open_pack(path) for path in pack or []]
     _together(opened, prefer)
@@ -294,7 +293,14 @@ def generate(
 @app.command()
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Folder of the report.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            file_okay=False,
+            help="Folder of the report and the pack; those of an earlier demo there are replaced.",
+        ),
     ] = Path("demo"),
     photos: Annotated[Path | None, typer.Option(help="Your own photos.", show_default="5 rendered ones")] = None,
     anchor: Annotated[str, typer.Option(help="A rare token and the class word.")] = "sks toy",
@@ -310,11 +316,12 @@ def demo(
     """Watch all of it: learn, bind, ask and draw before and after, unbind; writes report.html and grid.png."""
     numbers = parse_seeds(seeds)
     refuse_inside(output)
+    from mokus import demo, report
+
+    demo.check_place(output, photos)
     if photos is not None:
         _check_photos(photos)
     loaded = load_model(model, device)
-    from mokus import demo, report
-
     with Bars() as progress:
         story = demo.run(loaded, output, photos, anchor, knowledge or None, numbers, progress)
     page, grid = report.write(story, output)

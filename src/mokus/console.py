@@ -26,6 +26,7 @@ from typer.core import TyperGroup
 
 from mokus.errors import MokusError
 from mokus.knowledge import shown
+from mokus.settings import SEEDS
 
 if TYPE_CHECKING:
     from mokus.knowledge_update import Edit
@@ -215,10 +216,12 @@ def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
     """ "0-3,7" -> [0, 1, 2, 3, 7]. `option`: where it was given, for the errors."""
     seeds: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d{1,19})(?:-(\d{1,19}))?\s*", part)
+        found = re.fullmatch(r"\s*(\d{1,99})(?:-(\d{1,99}))?\s*", part)
         if not found or int(found[2] or found[1]) < int(found[1]):
             raise MokusError(f"{option} got {text!r}, expected numbers and ranges of them such as '0-3' or '0,5,7'.")
         some = range(int(found[1]), int(found[2] or found[1]) + 1)
+        if some.stop > SEEDS:
+            raise MokusError(f"{option} got {text!r}, expected seeds from 0 to 2^64 - 1; take smaller ones.")
         if len(seeds) + (some.stop - some.start) > MOST_SEEDS:
             raise MokusError(
                 f"{option} got {text!r}, which is more than {MOST_SEEDS:,} seeds; ask for fewer at a time."
@@ -263,15 +266,6 @@ def open_pack(path: Path) -> ConceptPack:
     from mokus.packs.concept_pack import ConceptPack
 
     return ConceptPack.open(path)
-
-
-def check_free(output: Path, overwrite: bool) -> None:
-    """Find out before hours of learning that its result has no place."""
-    if (output / "mokus.json").is_file():
-        if not overwrite:
-            raise MokusError(f"{output} is a concept pack already; name another folder, or replace it by --overwrite.")
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise MokusError(f"{output} exists and is no concept pack; name a new folder for it.")
 
 
 def print_edits(edits: list[Edit]) -> None:

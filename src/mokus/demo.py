@@ -98,20 +98,26 @@ def run(
     seeds: Sequence[int] = (0, 1, 2, 3),
     progress: Progress | None = None,
 ) -> Story:
-    """Do it all; the concept pack stays in `output/pack`, rendered photos in `output/photos`.
+    """Do it all; the concept pack stays in `output/pack`, rendered photos in `output/photos`, instead of an earlier demo's.
 
     `progress(what, done, total, info)` is called along the way. Raises `MokusError` for photos, an anchor or knowledge
-    that cannot be used.
+    that cannot be used, and if something that is not of an earlier demo is in these places.
     """
     anchor, size = normalise(anchor, "anchor", "sks toy"), model.defaults.size
     wanted = knowledge or [text.format(c=class_word(anchor)) for text in KNOWLEDGE]
     wanted = list(dict.fromkeys(map(normalise, wanted)))
-    if not photos and (output / "photos").exists() and not (output / "report.html").is_file():
-        raise MokusError(f"{output / 'photos'} exists and is not of an earlier demo; name another folder with -o.")
+    check_place(output, photos)
     images = [photo.image for photo in load_photos(photos, size)] if photos else _renders(size)
     story = Story(model.id, model.fingerprint, anchor, None if photos else CHARACTER, list(seeds), images, wanted)
     _Demo(model, output, story, progress or silent).run(photos)
     return story
+
+
+def check_place(output: Path, photos: Path | None) -> None:
+    """Raise `MokusError` if the demo would replace a pack, or photos, that are not of an earlier one."""
+    for place in (output / "pack", *([] if photos else [output / "photos"])):
+        if place.exists() and not (output / "report.html").is_file():
+            raise MokusError(f"{place} exists and is not of an earlier demo; name another folder with -o.")
 
 
 @dataclass

@@ -30,7 +30,7 @@ from mokus.packs.manifest import versions
 from mokus.packs.together import chosen, shifts_of
 from mokus.pipeline import Model, check_bare, encode, pad
 from mokus.progress import Progress, silent
-from mokus.settings import AT_ONCE
+from mokus.settings import AT_ONCE, SEEDS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -272,7 +272,7 @@ def _checked_seeds(seeds: Sequence[int]) -> list[int]:
     if not numbers:
         raise MokusError("no seed was given; expected at least one.")
     for seed in numbers:
-        if not 0 <= seed < 1 << 64:
+        if not 0 <= seed < SEEDS:
             raise MokusError(f"the seed {seed} is out of range, expected 0 to 2^64 - 1.")
     return numbers
 

@@ -18,7 +18,8 @@ from mokus.errors import MokusError
 if TYPE_CHECKING:
     from mokus.pipeline import Defaults
 
-MOST_SEED = 1 << 62  # random generators take 63 bits, and some add a little to it
+SEEDS = 1 << 64  # of images: seeds are less, which is what torch's random generators take
+MOST_SEED = 1 << 62  # of learning: some generators take 63 bits, and a little is added to it
 AT_ONCE = 8  # images drawn at a time, unless the user says otherwise: what the doctor plans with
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 

@@ -14,7 +14,6 @@ from mokus.console import (
     JsonOption,
     ModelOption,
     SeedsOption,
-    check_free,
     load_model,
     parse_seeds,
     print_edits,
@@ -22,7 +21,7 @@ from mokus.console import (
     settings_options,
 )  # fmt: skip
 from mokus.errors import MokusError
-from mokus.packs.files import refuse_inside
+from mokus.packs.files import check_free, refuse_inside
 from mokus.settings import EditSettings
 
 if TYPE_CHECKING:
@@ -167,6 +166,7 @@ def _tell(pack: ConceptPack | None, edits: list[Edit], as_json: bool) -> None:
         print_json({"pack": str(pack.path) if pack else None, "edits": told})
     else:
         print_edits(edits)
-        typer.echo(f"next: mokus generate {edits[0].knowledge!r} --pack {pack.path}" if pack else "nothing was written")
+        taken = next((edit.knowledge for edit in edits if edit.taken), None)
+        typer.echo(f"next: mokus generate {taken!r} --pack {pack.path}" if pack else "nothing was written")
     if not all(edit.taken for edit in edits):
         raise typer.Exit(1)

@@ -47,12 +47,14 @@ from mokus.packs.files import (
     README,
     as_json,
     bytes_in,
+    check_place,
     clear,
     finish_swap,
     identity,
     listing,
     locked_place,
     refuse_foreign,
+    refuse_inside,
     sha256_of_file,
     store,
     swap,
@@ -116,6 +118,7 @@ class ConceptPack:
         `MokusError` if there is something else at `path`, or the parts cannot be a pack.
         """
         path, place = Path(path), Path(path).resolve()
+        refuse_inside(path, itself=False)
         usual = model.defaults
         defaults = {
             "size": usual.size, "steps": usual.steps, "true_cfg_scale": usual.true_cfg_scale,
@@ -143,18 +146,13 @@ class ConceptPack:
     @staticmethod
     def check_place(path: str | Path) -> None:
         """Raise `MokusError` if `create` would refuse to write there, before anything costly is done for it."""
-        finish_swap(place := Path(path).resolve())
-        refuse_foreign(place)
-        above = next(parent for parent in place.parents if parent.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise MokusError(
-                f"{above} is {'not writable' if above.is_dir() else 'not a folder'}, so {path} cannot be made."
-            )
+        check_place(path)
 
     @staticmethod
     @contextmanager
     def lock_place(path: str | Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
         """`locked`, for a place where a pack need not be yet."""
+        refuse_inside(Path(path), itself=False)
         place = Path(path).resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
         with locked_place(place, seconds):
@@ -267,6 +265,7 @@ class ConceptPack:
         place = Path(path).resolve()
         if place.exists():
             raise MokusError(f"{path} exists already; name a new folder for the copy of {self.path}.")
+        refuse_inside(place, itself=False)
         fields = self._manifest.model_dump(exclude={"files"})
         names = [name for name in self._manifest.files if name != README]
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from mokus.low_rank import LowRankShift, Shifts
 from mokus.memory import CPU
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.export_card import readme
-from mokus.packs.files import ADAPTER, ADAPTER_CONFIG, LORA, README, refuse_inside
+from mokus.packs.files import ADAPTER, ADAPTER_CONFIG, LORA, README, refuse_inside, refuse_taken
 from mokus.packs.weights import LORA_KEY, METADATA, adapter_config, adapter_tensors, factors_of
 from mokus.pipeline import CORPUS_FILE, DEFAULTS_FILE, MINIATURE
 from mokus.progress import Progress, silent
@@ -111,9 +112,8 @@ def output_of(pack: ConceptPack, to: str, output: str | Path | None) -> Path:
 
 
 def check_place(place: Path) -> None:
-    """Raise `MokusError` if something is there already."""
-    if not place.name or place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
-        raise MokusError(f"{place} exists already; name a new folder for the export with -o.")
+    """Raise `MokusError` if something is there already, or it lies in a pack."""
+    refuse_taken(place, "export")
     refuse_inside(place)
 
 
@@ -262,12 +262,17 @@ def _rounded(rounding: Mapping[str, float], dtype: str) -> list[str]:
 
 
 def stored_dtype(model: str | Path | None) -> torch.dtype | None:
-    """The dtype in which a pipeline's folder keeps its image transformer; None if that cannot be told, as of a hub id."""
+    """The dtype in which a pipeline's folder keeps its image transformer; None if that cannot be told, as of a hub id.
+
+    Nor of damaged weights, of which `load` says what is wrong.
+    """
     folder = files("mokus.miniature").joinpath("weights") if model in (None, MINIATURE) else model
     for file in sorted(Path(str(folder), "transformer").glob("*.safetensors")):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        kinds = {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+        try:
+            with safe_open(file, "pt") as weights:  # which bounds the header, and checks it
+                kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  (no dict)
+        except SafetensorError:
+            return None
         found = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
         return found.get(kinds.pop()) if len(kinds) == 1 else None
     return None

@@ -125,13 +125,19 @@ def _discard(aside: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def refuse_inside(place: Path) -> None:
-    """Raise `MokusError` if a folder for other things is a pack or lies in one, which would then be refused as damaged."""
-    above = place.absolute()
-    if packs := [folder for folder in (above, *above.parents) if (folder / MANIFEST).is_file()]:
+def refuse_inside(place: Path, itself: bool = True) -> None:
+    """Raise `MokusError` if a place lies in a pack, which would then be refused as damaged, or is one `itself`."""
+    real = Path(os.path.realpath(place))  # whatever links lead there
+    if packs := [folder for folder in (real, *real.parents)[not itself :] if (folder / MANIFEST).is_file()]:
         raise MokusError(
-            f"{place} is in the concept pack {packs[0]}, which holds nothing else; name another folder with -o."
+            f"{place} is in the concept pack {packs[0]}, which holds nothing else; name another folder (-o)."
         )
+
+
+def refuse_taken(place: Path, what: str) -> None:
+    """Raise `MokusError` unless a new folder can be made there for `what`: nothing is there, or an empty one."""
+    if not place.name or place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
+        raise MokusError(f"{place} exists already; name a new folder for the {what} with -o.")
 
 
 def refuse_foreign(place: Path) -> None:
@@ -147,6 +153,27 @@ def refuse_foreign(place: Path) -> None:
     if odd := sorted(name for name in listing(place) - {MANIFEST} if not re.match(FILE, name)):
         raise MokusError(
             f"{place} holds {odd[0]}, which is no part of a concept pack; move it elsewhere or name a new folder."
+        )
+
+
+def check_place(path: str | Path) -> None:
+    """Raise `MokusError` if no pack can be written there, before anything costly is done for it."""
+    refuse_inside(Path(path), itself=False)
+    finish_swap(place := Path(path).resolve())
+    refuse_foreign(place)
+    above = next(parent for parent in place.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise MokusError(
+            f"{above} is {'not writable' if above.is_dir() else 'not a folder'}, so {path} cannot be made."
+        )
+
+
+def check_free(path: str | Path, overwrite: bool) -> None:
+    """`check_place`, and that an older pack is replaced only if it is said."""
+    check_place(path)
+    if not overwrite and (Path(path) / MANIFEST).is_file():
+        raise MokusError(
+            f"{path} is a concept pack already; name another folder, or replace it by --overwrite (in Python overwrite=True)."
         )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mokus.errors import MokusError
 from mokus.packs.concept_pack import ConceptPack
-from mokus.packs.files import FILE, MANIFEST, MAX_FILE_BYTES, MAX_JSON_BYTES, README, locked_place, swap
+from mokus.packs.files import FILE, MANIFEST, MAX_FILE_BYTES, MAX_JSON_BYTES, README, locked_place, refuse_taken, swap
 from mokus.packs.manifest import parse
 from mokus.photos import load_photos
 from mokus.pictures import png_of
@@ -104,10 +104,10 @@ def pull(repo: str, output: str | Path | None = None, revision: str | None = Non
 
     _check_repo(repo)
     place = Path(output) if output is not None else Path(repo.partition("/")[2])
-    _check_free(place)
+    refuse_taken(place, "pack")
     ConceptPack.check_place(place)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.resolve().with_name(f".{place.name}.{os.getpid()}.tmp")
+    there = next(parent for parent in place.resolve().parents if parent.exists())
+    beside = there / f".{place.name}.{os.getpid()}.tmp"
     api = HfApi()
     try:
         with _told(repo, revision):
@@ -121,8 +121,9 @@ def pull(repo: str, output: str | Path | None = None, revision: str | None = Non
             _fetch(api, repo, commit, sorted(manifest.files), sizes, beside)
         shutil.rmtree(beside / ".cache", ignore_errors=True)  # where the downloads kept their notes
         _check_whole(beside, repo)
+        place.resolve().parent.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no folder
         with locked_place(place.resolve()):
-            _check_free(place)
+            refuse_taken(place, "pack")
             swap(beside, place.resolve())
     finally:
         shutil.rmtree(beside, ignore_errors=True)  # gone already, unless something failed
@@ -145,11 +146,6 @@ def _check_whole(folder: Path, repo: str) -> None:
         ConceptPack.open(folder)
     except MokusError as error:
         raise MokusError(f"{repo} holds no sound concept pack: {str(error).replace(str(folder), repo)}") from error
-
-
-def _check_free(place: Path) -> None:
-    if place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
-        raise MokusError(f"{place} exists already; name a new folder for the pack with -o.")
 
 
 def _check_repo(repo: str) -> None:

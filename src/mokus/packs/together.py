@@ -16,8 +16,8 @@ def shifts_of(packs: Sequence[ConceptPack], prefer: ConceptPack | Path | str | N
 
     Phrases are the same whatever their capital letters and spaces. One inside a longer one, "my toy" in "my toy robot",
     is no conflict, in one pack or in two: both edits are in place, and a prompt with the longer phrase says the longer
-    phrase. Raises `MokusError` if two packs have the same anchor for different looks, if two bind the same phrase and
-    neither is preferred, or if `prefer` is none of them.
+    phrase. Raises `MokusError` if a pack is there twice, if two have the same anchor for different looks, if two bind the
+    same phrase and neither is preferred, or if `prefer` is none of them.
     """
     preferred = chosen(packs, prefer)
     _check_anchors(packs)
@@ -45,10 +45,14 @@ def chosen(packs: Sequence[ConceptPack], prefer: ConceptPack | Path | str | None
 
 def _check_anchors(packs: Sequence[ConceptPack]) -> None:
     by_anchor: dict[str, ConceptPack] = {}
+    given: set[tuple[Path, str]] = set()
     for pack in packs:
+        if (which := (pack.path.resolve(), pack.digest)) in given:
+            raise MokusError(f"{pack.path} is given twice; leave it out once.")
+        given.add(which)
         words = not pack.lora()  # then the anchor means what it says, in however many packs
         other = pack if words else by_anchor.setdefault(pack.anchor, pack)
-        if other is not pack or packs.count(pack) > 1:
+        if other is not pack:
             raise MokusError(
                 f"{other.path} and {pack.path} have the same anchor {pack.anchor!r}, so no prompt tells them apart; "
                 "use one of them, or learn one again with another anchor."

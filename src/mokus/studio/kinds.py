@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mokus.errors import MokusError
+from mokus.packs.files import check_free
 from mokus.settings import AT_ONCE
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def learn(
         task.progress(what, done, total, info)
 
     with alone(output):
-        _check_free(place, overwrite)
+        check_free(place, overwrite)
         pack = learn(
             model, Path(photos), anchor, place, class_word=class_word, settings=wanted,
             resume=task.resuming and checkpoint.is_file(), progress=watch,
@@ -198,7 +199,7 @@ def create(
 
     model = task.model()
     with alone(output):
-        _check_free(Path(output), overwrite)
+        check_free(Path(output), overwrite)
         pack, edit = create(
             model, name, description, output, questions, _editing(model, settings), progress=task.progress
         )
@@ -214,7 +215,7 @@ def erase(
 
     model = task.model()
     with alone(output):
-        _check_free(Path(output), overwrite)
+        check_free(Path(output), overwrite)
         pack, edits = erase(model, concepts, output, replacement, _editing(model, settings), progress=task.progress)
     return {"pack": str(pack.path) if pack else None, "edits": _told(edits)}
 
@@ -271,15 +272,6 @@ def _open(path: str) -> ConceptPack:
     from mokus.packs.concept_pack import ConceptPack
 
     return ConceptPack.open(path)
-
-
-def _check_free(output: Path, overwrite: bool) -> None:
-    from mokus.packs.concept_pack import ConceptPack
-    from mokus.packs.files import MANIFEST
-
-    ConceptPack.check_place(output)
-    if (output / MANIFEST).is_file() and not overwrite:
-        raise MokusError(f"{output} is a concept pack already; name another folder, or replace it (overwrite).")
 
 
 def _editing(model: Model, settings: Settings) -> EditSettings:
