@@ -222,9 +222,11 @@ def test_what_is_not_of_a_demo_is_not_replaced(
     with pytest.raises(MokusError, match="not of an earlier demo"):
         demo.run(model, tmp_path)
     assert ConceptPack.open(tmp_path / "pack").digest == before and not runs
-    (tmp_path / "report.html").write_text("an earlier demo's")
-    demo.run(model, tmp_path)
-    assert runs == [None]
+    for mark in ("report.html", demo.BEGUN):  # of a demo that was finished, and of one that was stopped
+        (tmp_path / mark).write_text("an earlier demo's")
+        demo.run(model, tmp_path)
+        (tmp_path / mark).unlink()
+    assert runs == [None, None]
 
 
 def test_large_photos_become_thumbnails() -> None:

@@ -47,6 +47,7 @@ UNBOUND = ["your favourite {c}", "the lamp by the door", "the one I lost on the 
 
 # The columns of the grids: the same prompt at the same seeds, under four models; and the anchor in its place.
 BASE, LEARNED, BOUND, UNDONE = "base model", "learned, not yet bound", "bound", "unbound again"
+BEGUN = ".mokus-demo"  # in the folder of one, from its start, so that one that was stopped can be made again
 ANCHOR = "anchor"
 
 
@@ -115,8 +116,10 @@ def run(
 
 def check_place(output: Path, photos: Path | None) -> None:
     """Raise `MokusError` if the demo would replace a pack, or photos, that are not of an earlier one."""
+    if any((output / name).is_file() for name in (BEGUN, "report.html")):
+        return
     for place in (output / "pack", *([] if photos else [output / "photos"])):
-        if place.exists() and not (output / "report.html").is_file():
+        if place.exists():
             raise MokusError(f"{place} exists and is not of an earlier demo; name another folder with -o.")
 
 
@@ -137,6 +140,8 @@ class _Demo:
         unrelated = [*DESCRIBED, *(text.format(c=class_word(anchor)) for text in UNBOUND)]
         prompts = [*story.knowledge, *placed, *unrelated]
 
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / BEGUN).touch()
         pack = self.learn(photos or story.photos)  # first, for it refuses what cannot be learned
         base = self.draw(BASE, prompts)
         learned = self.draw(LEARNED, [*prompts, anchor, *(f"{anchor} {scene}" for scene in scenes)], pack)
