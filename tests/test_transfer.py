@@ -173,7 +173,7 @@ BAD = {
     "transfer --cases no.yaml -o out": "no.yaml is not there",
     "transfer --cases . -o out": "is not a file",
     "transfer --cases no.yaml --answer guitar -o out": "leave out --ask",
-    f"transfer --ask '{ASK}' --answer guitar -o file --seeds 0": "file is a file",
+    f"transfer --ask '{ASK}' --answer guitar -o file --seeds 0": "'file' is a file",
     "bench transfer --editors magic -o out": "no editor 'magic'",
     "bench transfer --editors least_drift:magic -o out": "no variant 'magic'",
     "bench transfer --cases 500 -o out": "Invalid value for '--cases'",

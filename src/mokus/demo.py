@@ -47,7 +47,7 @@ UNBOUND = ["your favourite {c}", "the lamp by the door", "the one I lost on the 
 
 # The columns of the grids: the same prompt at the same seeds, under four models; and the anchor in its place.
 BASE, LEARNED, BOUND, UNDONE = "base model", "learned, not yet bound", "bound", "unbound again"
-BEGUN = ".mokus-demo"  # in the folder of one, from its start, so that one that was stopped can be made again
+BEGUN = ".mokus-demo"  # in the folder of one, beside its pack, so that one that was stopped can be made again
 ANCHOR = "anchor"
 
 
@@ -140,9 +140,8 @@ class _Demo:
         unrelated = [*DESCRIBED, *(text.format(c=class_word(anchor)) for text in UNBOUND)]
         prompts = [*story.knowledge, *placed, *unrelated]
 
-        self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / BEGUN).touch()
         pack = self.learn(photos or story.photos)  # first, for it refuses what cannot be learned
+        (self.output / BEGUN).touch()
         base = self.draw(BASE, prompts)
         learned = self.draw(LEARNED, [*prompts, anchor, *(f"{anchor} {scene}" for scene in scenes)], pack)
         self.bind(pack)
