@@ -32,6 +32,7 @@ from mokus.console import (
     parse_seeds,
     print_edits,
     print_json,
+    results_folder,
     settings_options,
     stdout,
     visible,
@@ -236,13 +237,7 @@ def generate(
     *,
     output: Annotated[
         Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            file_okay=False,
-            help="Folder of the images; what is there of other settings stays.",
-        ),
+        results_folder("Folder of the images; what is there of other settings stays."),
     ] = Path("outputs"),
     pack: PackOption = None,
     prefer: PreferOption = None,
@@ -294,13 +289,7 @@ def generate(
 def demo(
     output: Annotated[
         Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            file_okay=False,
-            help="Folder of the report and the pack; those of an earlier demo there are replaced.",
-        ),
+        results_folder("Folder of the report and the pack; those of an earlier demo there are replaced."),
     ] = Path("demo"),
     photos: Annotated[Path | None, typer.Option(help="Your own photos.", show_default="5 rendered ones")] = None,
     anchor: Annotated[str, typer.Option(help="A rare token and the class word.")] = "sks toy",

@@ -48,6 +48,13 @@ DeviceOption = Annotated[
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 SeedsOption = Annotated[str, typer.Option(help="Numbers and ranges: 0-3 or 0,5,7.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a concept pack that is there.")]
+
+
+def results_folder(help: str) -> Any:
+    """The option of a folder for what a command writes; a file there is refused before any work."""
+    return typer.Option("--output", "-o", metavar="DIR", file_okay=False, help=help)
+
 
 MOST_SEEDS = 10_000
 

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mokus.console import (
+from mokus.console import (  # fmt: skip
     Bars,
     DeviceOption,
     JsonOption,
     ModelOption,
+    OverwriteOption,
     SeedsOption,
     load_model,
     parse_seeds,
     print_edits,
     print_json,
+    results_folder,
     settings_options,
-)  # fmt: skip
+)
 from mokus.errors import MokusError
 from mokus.packs.files import check_free, refuse_inside
 from mokus.settings import EditSettings
@@ -53,7 +55,7 @@ def create(
         list[str] | None,
         typer.Option("--question", help="Ask for it in these words instead of our own; may be repeated."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a concept pack that is there.")] = False,
+    overwrite: OverwriteOption = False,
     model: ModelOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -82,7 +84,7 @@ def erase(
         str | None,
         typer.Option("--replace", help="What stands in its place: 'a plain stone'.", show_default="its class word"),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a concept pack that is there.")] = False,
+    overwrite: OverwriteOption = False,
     model: ModelOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -120,7 +122,7 @@ def transfer(
     *,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Folder of grid.png and results.json."),
+        results_folder("Folder of grid.png and results.json."),
     ] = Path("transfer"),
     seeds: SeedsOption = "0-3",
     model: ModelOption = None,

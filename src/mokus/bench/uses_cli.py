@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mokus.console import Bars, JsonOption, load_model, parse_counts, parse_names, print_json
+from mokus.console import Bars, JsonOption, load_model, parse_counts, parse_names, print_json, results_folder
 from mokus.errors import MokusError
 from mokus.settings import EditSettings
 
@@ -17,9 +17,7 @@ ModelOption = Annotated[
 ]  # fmt: skip
 OutputOption = Annotated[
     Path,
-    typer.Option(
-        "--output", "-o", metavar="DIR", file_okay=False, help="Folder of results; a stopped run goes on there."
-    ),
+    results_folder("Folder of results; a stopped run goes on there."),
 ]
 DEFAULT = EditSettings().editor
 EditorOption = Annotated[str, typer.Option("--editor", help="Which editor.")]

@@ -7,15 +7,23 @@ from typing import Annotated
 
 import typer
 
-from mokus.console import Bars, JsonOption, ModelOption, load_model, parse_counts, parse_names, print_json, stdout
+from mokus.console import (
+    Bars,
+    JsonOption,
+    ModelOption,
+    load_model,
+    parse_counts,
+    parse_names,
+    print_json,
+    results_folder,
+    stdout,
+)
 
 
 def editing(
     output: Annotated[
         Path,
-        typer.Option(
-            "--output", "-o", metavar="DIR", file_okay=False, help="Folder of results; a stopped run goes on there."
-        ),
+        results_folder("Folder of results; a stopped run goes on there."),
     ] = Path("editing"),
     editors: Annotated[
         str | None, typer.Option(help="Which, with commas between them.", show_default="all of them")

@@ -26,6 +26,7 @@ from mokus.console import (
     parse_names,
     parse_seeds,
     print_json,
+    results_folder,
     stdout,
 )
 from mokus.errors import MokusError
@@ -39,9 +40,7 @@ if TYPE_CHECKING:
 knowcus = typer.Typer(cls=Commands, no_args_is_help=True, help="KnowCusBench: knowledge-aware customization, measured.")
 
 SuiteOption = Annotated[str, typer.Option(help="miniature, knowcus, or a file in the same schema (YAML or JSON).")]
-FolderOption = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Folder of the run; it resumes there.")
-]
+FolderOption = Annotated[Path, results_folder("Folder of the run; it resumes there.")]
 DreamBenchOption = Annotated[
     Path | None, typer.Option("--dreambench", metavar="DIR", help="Folder of DreamBench's photos.")
 ]

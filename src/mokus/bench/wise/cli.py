@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mokus.console import Bars, Commands, JsonOption, ModelOption, load_model, note, parse_seeds, print_json
+from mokus.console import (
+    Bars,
+    Commands,
+    JsonOption,
+    ModelOption,
+    load_model,
+    note,
+    parse_seeds,
+    print_json,
+    results_folder,
+)
 from mokus.errors import MokusError
 
 if TYPE_CHECKING:
@@ -22,9 +32,7 @@ wise = typer.Typer(cls=Commands, no_args_is_help=True, help="WISE: what a vision
 
 MINIATURE = "miniature"
 
-OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Folder of the run; it resumes there.")
-]
+OutputOption = Annotated[Path, results_folder("Folder of the run; it resumes there.")]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run.")]
 JudgeOption = Annotated[
     str | None,
