@@ -287,7 +287,6 @@ BAD = {
     "learn photos --anchor 'sks toy' -o out --device cuda:99": "device 'cuda:99'",
     "learn photos --anchor 'sks toy' -o out --seed 99999999999999999999": "seed is 99999999999999999999, expected less",
     "generate toy -o toy.pack": "toy.pack is in the concept pack",
-    "generate toy -o toy.pack/samples/x": "is in the concept pack .*toy.pack, which holds nothing else",
     "export toy.pack --to comfyui -o toy.pack/x": "is in the concept pack",
     "learn photos --anchor 'sks toy' -o toy.pack/in/side": "is in the concept pack .*toy.pack",
     "create Zorblax --as 'a green star' -o toy.pack/inner.pack": "is in the concept pack .*toy.pack",
@@ -515,10 +514,18 @@ def test_ctrl_c_and_resume(place: Path, photos: Path) -> None:
     assert not checkpoint.parent.exists()
 
 
-@pytest.mark.parametrize(
-    "command", ["generate hello", "demo", "transfer", "bench editing", "bench transfer", "bench create", "bench erase",
-                "bench knowcus run", "bench wise run"],
-)  # fmt: skip
+WRITING = [
+    "generate hello", "demo", "transfer", "bench editing", "bench transfer", "bench create", "bench erase",
+    "bench knowcus run", "bench wise run",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_results_go_into_no_pack_which_is_said_before_any_work(command: str, place: Path, pack: ConceptPack) -> None:
+    assert "is in the concept pack" in refused(place, *command.split(), "-o", pack.path / "samples/x")
+
+
+@pytest.mark.parametrize("command", WRITING)
 def test_a_file_is_no_folder_for_results_which_is_said_before_any_work(command: str, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     result = mokus(*command.split(), "-o", str(tmp_path / "thesis.txt"))

@@ -40,7 +40,7 @@ from mokus.console import (
 from mokus.doctor import cli as doctor_cli
 from mokus.errors import MokusError
 from mokus.packs import cli as packs_cli
-from mokus.packs.files import check_free, refuse_inside
+from mokus.packs.files import check_free
 from mokus.settings import AT_ONCE, EditSettings, LearnSettings
 from mokus.studio import serve_cli, ui_cli
 
@@ -261,7 +261,6 @@ def generate(
 ) -> None:
     """Draw prompts, with the concepts and the knowledge of packs or without. One PNG per prompt and seed, each of them once."""
     numbers, prompts = parse_seeds(seeds), list(dict.fromkeys(prompts))
-    refuse_inside(output)
     opened = [open_pack(path) for path in pack or []]
     _together(opened, prefer)
     loaded = load_model(model, device)
@@ -304,7 +303,6 @@ def demo(
 ) -> None:
     """Watch all of it: learn, bind, ask and draw before and after, unbind; writes report.html and grid.png."""
     numbers = parse_seeds(seeds)
-    refuse_inside(output)
     from mokus import demo, report
 
     demo.check_place(output, photos)

@@ -26,6 +26,7 @@ from typer.core import TyperGroup
 
 from mokus.errors import MokusError
 from mokus.knowledge import shown
+from mokus.packs.files import refuse_inside
 from mokus.settings import SEEDS
 
 if TYPE_CHECKING:
@@ -52,8 +53,13 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a co
 
 
 def results_folder(help: str) -> Any:
-    """The option of a folder for what a command writes; a file there is refused before any work."""
-    return typer.Option("--output", "-o", metavar="DIR", file_okay=False, help=help)
+    """The option of a folder for what a command writes; a file there, or a pack around it, is refused before any work."""
+    return typer.Option("--output", "-o", metavar="DIR", file_okay=False, callback=_outside_packs, help=help)
+
+
+def _outside_packs(folder: Path) -> Path:
+    refuse_inside(folder)
+    return folder
 
 
 MOST_SEEDS = 10_000

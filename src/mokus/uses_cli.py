@@ -23,7 +23,7 @@ from mokus.console import (  # fmt: skip
     settings_options,
 )
 from mokus.errors import MokusError
-from mokus.packs.files import check_free, refuse_inside
+from mokus.packs.files import check_free
 from mokus.settings import EditSettings
 
 if TYPE_CHECKING:
@@ -132,7 +132,6 @@ def transfer(
 ) -> None:
     """Edit an answer in text and see whether images follow: drawn before and after, at equal seeds. Nothing is kept."""
     numbers = parse_seeds(seeds)
-    refuse_inside(output)
     from mokus.transfer import Case, read_cases, run, tell
 
     if cases is not None:
