@@ -12,7 +12,7 @@ help:
 	@echo "make demo       learn a concept, bind knowledge to it, write $(OUT)/report.html (about two minutes)"
 	@echo "make test       lint, types and tests"
 	@echo "make test-fast  the tests that take less than a few seconds each"
-	@echo "make test-full  all tests, also those that go on for minutes what others do in small"
+	@echo "make test-full  all tests, also those that do for minutes what others do on a small scale"
 	@echo "make test-ui    the studio in a real browser"
 	@echo "make bench      the figures of the README; goes on where it was stopped"
 	@echo "make audit      known vulnerabilities of the pinned versions, from OSV's database (needs the network)"

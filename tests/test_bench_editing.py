@@ -103,6 +103,13 @@ def test_a_folder_of_another_run_is_refused(pico: Model, tmp_path: Path) -> None
         run.run(pico, tmp_path, ["rewrite"], [1], singles=2, images=False)
 
 
+def test_rows_of_two_models_are_not_mixed_in_one_folder(pico: Model, tmp_path: Path) -> None:
+    (tmp_path / "setup.json").write_text('{"setup": {"fingerprint": "of another model"}}', encoding="utf-8")
+    with pytest.raises(MokusError, match="other settings, model or versions"):
+        run.run(pico, tmp_path, ["rewrite"], [1], singles=1, images=False)
+    assert [file.name for file in tmp_path.iterdir() if file.name != ".lock"] == ["setup.json"]
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

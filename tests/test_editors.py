@@ -550,7 +550,7 @@ def test_the_drift_of_a_later_edit_is_what_it_adds_to_that_of_all(pico: Model, r
     bases, pulls = one._bases(Goal(pico, REQUEST), REQUEST, earlier)
     for (path, a), rest in zip(bases.items(), rests, strict=True):
         b, before = normal(192, len(a), seed=3).double(), exact(earlier[path])
-        dw, stays = b @ a.double(), rest - least_drift.EARLIER * one.earlier[path]
+        dw, stays = b @ a.double(), rest - least_drift.EARLIER_WEIGHT * one.earlier[path]
         added = drift(before + dw, stays) - drift(before, stays) + drift(dw, metric(rest) - stays)
         found = one.scale**2 * float(b.square().sum() + 2 * (b * pulls[path]).sum())
         assert abs(found / added - 1) < 1e-3
@@ -593,7 +593,7 @@ def test_all_that_shall_stay_counts_as_elsewhere(pico: Model, rests: list[Tensor
     for texts in (prior_prompts("toy", SETTINGS.preserve, seed=1), near, ["a photo of sks toy", "What is sks toy?"]):
         assert holds(before, texts) and holds(after, texts)
     earlier = [f"a photo of {OTHER.knowledge}", f"two friends and {OTHER.knowledge} in a park"]
-    assert holds(after - before, earlier, least_drift.EARLIER, OTHER.answer)
+    assert holds(after - before, earlier, least_drift.EARLIER_WEIGHT, OTHER.answer)
     assert not holds(before, earlier, answer=OTHER.answer)
 
 

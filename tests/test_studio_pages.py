@@ -67,6 +67,9 @@ class Queue:
     def resume(self, id: str) -> Job:
         return self.kept.put(id, state="waiting")
 
+    def forget(self, id: str) -> None:
+        self.kept.forget(id)
+
 
 class Site:
     """A studio and a client of it."""
@@ -149,6 +152,17 @@ def test_nobody_is_sent_elsewhere(site: Site, back: str) -> None:
     job = site.worker.submit("ask", question="?")
     assert site.post("/jobs/stop", job=job.id, back=back) == "/jobs"
     assert site.post("/jobs/resume", job=job.id, back="/know?pack=x") == "/know?pack=x"
+
+
+def test_a_job_that_is_over_can_be_forgotten_from_the_list(site: Site) -> None:
+    for state in ("running", "failed"):
+        site.worker.kept.put(site.worker.submit("ask", question=f"is it {state}?").id, state=state)
+    assert re.findall(r'action="/jobs/forget"><input type="hidden" name="job" value="(\d+)"', site.get("/jobs")) == [
+        "000002"
+    ]
+    assert site.post("/jobs/forget", job="000002") == "/jobs"
+    assert "is it failed?" not in site.get("/jobs") and "is it running?" in site.get("/jobs")
+    assert "there is no job" in unescape(site.post("/jobs/forget", 422, job="000002"))
 
 
 def test_what_is_not_there_is_said_on_a_page(site: Site) -> None:

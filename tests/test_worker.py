@@ -252,3 +252,23 @@ def test_who_waits_for_a_process_that_died_is_told_though_the_disk_is_full(full:
 
 def test_every_kind_of_the_command_line_is_there() -> None:
     assert set(KINDS) >= {"learn", "bind", "unbind", "ask", "check", "generate", "create", "erase", "transfer"}
+
+
+def test_a_job_that_is_over_is_forgotten_with_what_it_left(full: FullDisk, tmp_path: Path) -> None:
+    output = tmp_path / "packs" / "toy.pack"
+    (checkpoint := checkpoint_of(output)).parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"half a training")
+    with Worker(tmp_path / "home") as worker:
+        worker.submit("ask", question="a")
+        job = worker.submit("learn", photos="photos", anchor="sks toy", output=str(output))
+        for id in ("000001", job.id):
+            with pytest.raises(MokusError, match="stop it before"):
+                worker.forget(id)
+        worker.stop(job.id)
+        (worker.folder(job.id) / "step-00010.png").write_bytes(b"a preview")
+        worker.forget(job.id)
+        assert not checkpoint.parent.exists() and not (tmp_path / "home/jobs/000002").exists()
+        with pytest.raises(MokusError, match="there is no job"):
+            worker.job(job.id)
+        assert worker.submit("ask", question="b").id == "000003", "a number is not given twice"
+    assert [job.id for job in Jobs(tmp_path / "home")] == ["000001", "000003"]

@@ -57,7 +57,7 @@ app = typer.Typer(
     help="Photos of a thing and a few plain sentences about it in, images that know what you mean out.",
 )
 
-bench = typer.Typer(cls=Commands, no_args_is_help=True, help="Benchmarks, on the miniature.")
+bench = typer.Typer(cls=Commands, no_args_is_help=True, help="Benchmarks, most of them of the miniature.")
 app.add_typer(bench, name="bench")
 bench.add_typer(knowcus, name="knowcus")
 bench.add_typer(wise, name="wise")
@@ -89,7 +89,7 @@ def learn(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Many concepts instead: a YAML list of photos, anchor, output and, if wanted, settings. Again it does the rest.",
+            help="Many concepts instead: a YAML list of photos, anchor, output and, if wanted, settings. Run again, it goes on.",
         ),
     ] = None,
     resume: Annotated[
@@ -259,7 +259,7 @@ def generate(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw prompts, with the concepts and the knowledge of packs or without. One PNG per prompt and seed, each of them once."""
+    """Draw prompts, with the concepts and the knowledge of packs or without: one PNG per prompt and seed."""
     numbers, prompts = parse_seeds(seeds), list(dict.fromkeys(prompts))
     opened = [open_pack(path) for path in pack or []]
     _together(opened, prefer)

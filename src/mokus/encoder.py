@@ -154,8 +154,11 @@ class Rows:
         return self.states(model).told
 
     def states(self, model: Model) -> States:
-        """The prefix, the same for all, is run once; attention is causal, so neither it nor any other token depends on the
-        padding, and no edited row has a gradient from it."""
+        """Those of all rows (b, s, ...).
+
+        The prefix, the same for all, is run once; attention is causal, so neither it nor any other token depends on the
+        padding, and no edited row has a gradient from it.
+        """
         return self._run(model, _read(model))[0]
 
     @torch.no_grad()
@@ -209,7 +212,7 @@ class Entering:
         self.own = self.lines.laid(own)  # (lines, width, d)
 
     def states(self) -> States:
-        """The same as `Rows.states` up to rounding, but for zeros at the padding."""
+        """The same as `Rows.states`, (b, s, ...), up to rounding, but for zeros at the padding."""
         language_model, read, lines = self.model.language_model, _read(self.model), self.lines
         with _some_layers(language_model, slice(self.layer, None)):
             cache = DynamicCache()
@@ -368,20 +371,20 @@ def _joined(*parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def inputs_of(model: Model, texts: Sequence[str], paths: Sequence[str], said: int = 0) -> Inputs:
-    """At prompts, the shortest first, each followed by the first `said` tokens of what the encoder says to it."""
+    """What enters the modules at prompts, the shortest first, and at the first `said` tokens of what the encoder says to each."""
     encoder, n = model.pipe.text_encoder, tail_length(model)
     nothing = {path: torch.zeros(0, encoder.get_submodule(path).in_features, device=model.device) for path in paths}
-    prompt, tail, behind = [nothing], [nothing], [nothing]
+    prompt, tail, said_rows = [nothing], [nothing], [nothing]
     for equal in of_equal_length(model, texts):
         with recorded(encoder, paths) as record:
             for i, (_, ids) in enumerate(_saying(model, equal, said)):
                 at_end = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - n).expand_as(ids)
                 if i:
-                    behind.append(record.rows(at_end))
+                    said_rows.append(record.rows(at_end))
                 else:
                     prompt.append(record.rows(~at_end))
                     tail.append(record.rows(at_end))
-    return Inputs(_joined(*prompt), _joined(*tail), _joined(*behind))
+    return Inputs(_joined(*prompt), _joined(*tail), _joined(*said_rows))
 
 
 @torch.no_grad()

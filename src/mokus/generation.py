@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import product, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -31,10 +31,6 @@ from mokus.packs.together import chosen, shifts_of
 from mokus.pipeline import Model, check_bare, encode, pad
 from mokus.progress import Progress, silent
 from mokus.settings import AT_ONCE, SEEDS
-
-if TYPE_CHECKING:
-    from PIL import Image
-
 
 MAX_SIZE = 8192  # pixels, height and width
 
@@ -310,7 +306,7 @@ def _about(result: Generated) -> str:
 
 
 def save_png(result: Generated, path: str | Path) -> None:
-    """Write the image, its prompt, seed and settings as JSON in a text chunk `mokus`; atomic, and equal bytes again."""
+    """Write the image, its prompt, seed and settings as JSON in a text chunk `mokus`; atomic and reproducible."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -53,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Meaning:
-    """Image prompts (n,) of what is meant, their tails (n, tail, d), and what the encoder continues each with.
+    """Of n image prompts of what is meant: their tails (n, tail, d), and what the encoder continues each with.
 
     The same for all knowledge that means it.
     """
@@ -76,8 +76,8 @@ class Meaning:
 
 @dataclass(frozen=True)
 class Losses:
-    """Per expected token: cross-entropy (n,), whether it is the likeliest (n,), its row (n,). Per image prompt: how far
-    its tail is from where it shall be, (forms,), 1 where the base model is."""
+    """Per expected token, n in all rows: cross-entropy (n,), whether it is the likeliest (n,), its row (n,). Per image
+    prompt: how far its tail is from where it shall be, (forms,), 1 where the base model is."""
 
     cross_entropy: Tensor
     right: Tensor
@@ -151,7 +151,8 @@ class Goal:
         )  # fmt: skip
 
     def answer_loss(self, losses: Losses, of: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor]:
-        """Mean over questions, and over image prompts, of the mean over their tokens of a function of the cross-entropy."""
+        """Two scalars: the mean over questions, and over image prompts, of the mean over their tokens of a function of the
+        cross-entropy; the latter 0 without continuations."""
         tokens = torch.bincount(losses.row, minlength=len(self.labels)).clamp(min=1)
         each = torch.zeros(len(self.labels), device=tokens.device).index_add(0, losses.row, of(losses.cross_entropy))
         each = each / tokens

@@ -1,6 +1,6 @@
 """Stage 2, textual knowledge updating: make the anchor the answer to a piece of knowledge (MoKus section 4.2).
 
-What is wanted of the text encoder says `goal`; how its weights' shifts are found, an editor does (`editors`). Here is what
+`goal` says what is wanted of the text encoder, and an editor (`editors`) finds the shifts of its weights. Here is what
 users call: edits are made one on top of the other, checked one by one and all together, and written into the pack.
 
 All uses of it are one call, `update`: the answer to these questions shall be that. With the anchor of photos it is the paper's
@@ -164,7 +164,7 @@ def create_pack(
     """A pack of words alone, without looks, in which these answers are updated; in place of an older pack at `path`.
 
     `anchor`: what knowledge that is bound to it later shall mean. Nothing is written, and the pack is None, if no request
-    has taken. Raises `MokusError` if there is something else at `path`.
+    has taken. Raises `MokusError` if there is something else at `path`, or the editor makes no packs (`rewrite`).
     """
     from mokus.packs.concept_pack import ConceptPack
 
@@ -235,7 +235,10 @@ def reads_back(said: str, meaning: str) -> bool:
 
 
 def ask(model: Model, question: str, shifts: Sequence[Shifts] = ()) -> str:
-    """What the text encoder answers, greedily, to a question inside the prompt template, with shifts or without."""
+    """What the text encoder answers, greedily, to a question inside the prompt template, with shifts or without.
+
+    Raises `MokusError` for a question that is empty, too long or holds the template's own marks.
+    """
     check_text(question, "question", "What is my favourite toy?")
     return answers(model, [question], shifts, LONGEST_ANSWER)[0]
 
@@ -252,7 +255,9 @@ def edit(
     """The shifts that make `answer` the answer to `knowledge`, on top of those of earlier edits; nothing is changed by it.
 
     `answer`: an anchor or any words, as in `request`; `asked`: the questions, if not those made of the knowledge.
-    `made`: an editor that knows of the earlier ones, for several edits in a row; it is not told of this one.
+    `made`: an editor that knows of the earlier ones, for several edits in a row; it is not told of this one. `before`: the
+    sum of their shifts. Raises `MokusError` for an unknown editor, layers or modules that the encoder lacks, or an encoder
+    whose states are not finite.
     """
     began = time.perf_counter()
     settings = settings or EditSettings.for_editor(model.defaults)

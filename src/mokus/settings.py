@@ -137,7 +137,7 @@ class EditSettings(_Settings):
     modules: list[str] = _set(["mlp.gate_proj", "mlp.up_proj"], "Matrices of each layer that are edited.")
     steps: int = _set(16, "Steps of the search for an edit.")
     alignment: float = _set(0.88, "Wanted: how far the encoding of image prompts has moved to the anchor's, 0 to 1.")
-    least_alignment: float = _set(0.6, "With less than that a knowledge has not taken.")
+    least_alignment: float = _set(0.6, "Below this, knowledge has not taken.")
     answer_weight: float = _set(1.0, "Weight of the answer's loss; 0 leaves the alignment alone.")
     alignment_weight: float = _set(1.0, "Weight of the alignment's loss; 0 is the paper's edit of the answer alone.")
     drift_weight: float = _set(0.02, "Weight of what an edit changes elsewhere, as a share of the outputs' energy.")
@@ -146,13 +146,13 @@ class EditSettings(_Settings):
     )
     rivals: int = _set(
         64,
-        "At most so many prompts are watched: those furthest off of some hundred near misses, others and earlier edits.",
+        "At most so many of the prompts that are watched join the loss, those furthest off: 16, and one for each earlier edit.",
     )
     near_misses: int = _set(8, "Phrases one word off the knowledge that count as elsewhere.")
     exchanged: int = _set(24, "Phrases with other words in the place of the knowledge's that count as elsewhere.")
     preserve: int = _set(96, "Prompts about the class word that count as elsewhere.")
     corpus: int = _set(600, "Prompts of the corpus that statistics are gathered over, besides the model's own.")
-    odd_references: int = _set(2000, "References in words of all kinds in it.")
+    odd_references: int = _set(2000, "References in random words in that corpus.")
     eta: float = _set(1e-6, "Step size or learning rate of the editors that have one.")
     ridge: float = _set(1.0, "Weight of the statistics in memit, of the identity in alphaedit.")
     null_space: float = _set(

@@ -90,7 +90,7 @@ def erase(
     as_json: JsonOption = False,
     chosen: dict[str, Any],
 ) -> None:
-    """Make phrases mean something plain instead. No safety guarantee: it redirects language, the image model still can.
+    """Make phrases mean something plain instead. No safety guarantee: it redirects language; the image model can still draw it.
 
     Undone by leaving the pack out, or by unbind. Exit code 1 if some phrase did not take; it is then left as it was.
     """
@@ -130,7 +130,7 @@ def transfer(
     as_json: JsonOption = False,
     chosen: dict[str, Any],
 ) -> None:
-    """Edit an answer in text and see whether images follow: drawn before and after, at equal seeds. Nothing is kept."""
+    """Edit an answer in text and see whether images follow, drawn before and after at equal seeds. Nothing is kept."""
     numbers = parse_seeds(seeds)
     from mokus.transfer import Case, read_cases, run, tell
 

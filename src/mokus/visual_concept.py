@@ -5,7 +5,7 @@ MoKus section 4.1, with four additions, two of which stage 2 needs:
 - *Prior preservation.* In every step the base model's own velocities, on other prompts, are wanted as well. They are
   computed once, before training (`training.material`). Without them every reference to an unknown thing draws the concept.
 - *Tail conditioning.* Stage 2 can write the anchor's meaning only into the tail of a prompt's encoding, not into the
-  place of the rare token, and it gets there most of the way only, while other prompts move a little of the way too. So in
+  place of the rare token, and it gets only most of the way there, while other prompts move slightly, too. So in
   a share of the samples the prompt is another one whose tail has come FAR or farther towards the anchor's, and among the
   preserved samples are some whose tail has come up to NEAR: the looks bind to what stage 2 writes, and to nothing less.
 - *Places.* In a share of the samples the prompt also says where the photo was taken (`places`).

@@ -4,13 +4,13 @@ Every edited matrix W (d_out, d_in) changes by dW = B A, and B is found by
 
     min_B   answers + alignment + w_near near misses + w_drift drift        (`goal`; L-BFGS)
 
-    drift = sum over W of  E ||dW x||^2 / E ||W x||^2        x: what enters W elsewhere (below: the median W's)
+    drift = sum over W of  E ||dW x||^2 / E ||W x||^2        x: what enters W elsewhere (the divisor: the median W's)
 
 With R the rows of everything that shall stay (corpus, class words, near misses, earlier edits) and C = R^T R + I, the
 drift is tr(dW C dW^T). A is chosen such that A C A^T = I and that its rows span H C^-1, where H (n, d_in) are the inputs
 at the edited rows: the shifts of least drift for given outputs at H all have this form (it is UltraEdit's ridge
-regression, arXiv 2505.14679, seen from the other side). So rank <= n, drift = ||B||^2, and plain quadratic optimisation is
-right: a step along the gradient in B is UltraEdit's step with C for I.
+regression, arXiv 2505.14679, seen from the other side). So rank <= n, drift = ||B||^2 up to the divisor, by whose root A is
+scaled, and plain quadratic optimisation is right: a step along the gradient in B is UltraEdit's step with C for I.
 
 The earlier edits, whose sum is D, have drifted, too: that of D + B A is ||B||^2 + 2 <B, P> and a constant, P = D S^T S A^T over
 the rows S that belong where the unedited encoder has them. So an edit makes up for what was done elsewhere, as far as A reaches.
@@ -73,7 +73,7 @@ FORMS = (
 )  # fmt: skip
 NEAR_FORMS = (*IMAGE_FORMS, *CHECK_FORMS, "What is {}?")
 BEHIND = 10.0  # how often the corpus's tails, and what is said behind them, count besides all of its tokens
-EARLIER = 1000.0  # weight of the rows of earlier edits: one edit has a few dozen, the corpus tens of thousands
+EARLIER_WEIGHT = 1000.0  # of the rows of earlier edits: one edit has a few dozen, the corpus tens of thousands
 FREE = 0.05  # what is watched may be away by this share of the way that the edit makes
 SURE = 0.05  # cross-entropy below which a token is as good as said
 SHARP = 20.0  # of the hinges
@@ -88,7 +88,7 @@ def goal_of(model: Model, request: Request, meaning: Meaning | None = None) -> G
 
 
 def rounds(steps: int) -> list[int]:
-    """How many steps each round has; fewer rounds where there are hardly any."""
+    """How many steps each round has, 6, 5 and 5 of 16; fewer rounds where there are hardly any."""
     ends = [round(share * steps) for share in ROUNDS]
     return [n for n in (end - start for start, end in zip([0, *ends], ends, strict=False)) if n]
 
@@ -139,29 +139,28 @@ class Editor:
         """A (r, d_in) of every module, scaled such that ||B||^2 is its drift, and P (d_out, r) of those edited before."""
         h = goal.inputs(self.entered, goal.where, before)
         own = [*prompts(request.says), *prompts(request.says, CHECK_FORMS), *questions(request.answer)]
-        near = inputs_of(self.model, [*own, *self._near_rows(request)], self.entered).whole
-        of_class = self._class_rows(class_word(request.answer))
-        bases, pulls = {}, {}
-        for each in self.entered:
-            rest = self.grams[each] + of_class[each] + _gram(near[each])
-            a = _basis(h[each], rest + EARLIER * self.earlier[each]) * self.scale
-            for path in self.paths:
-                if entrance(path) != each:
-                    continue
-                bases[path] = a
-                if path in before:
-                    made = before[path]
-                    pulls[path] = (made.B.double() @ (made.A.double() @ rest @ a.double().T)).float() / self.scale**2
+        near = inputs_of(self.model, [*own, *self._near_prompts(request)], self.entered).whole
+        of_class = self._class_grams(class_word(request.answer))
+        rest = {each: self.grams[each] + of_class[each] + _gram(near[each]) for each in self.entered}
+        shared = {
+            each: _basis(h[each], rest[each] + EARLIER_WEIGHT * self.earlier[each]) * self.scale
+            for each in self.entered
+        }
+        bases = {path: shared[entrance(path)] for path in self.paths}
+        pulls = {}
+        for path in filter(before.__contains__, self.paths):
+            made, a = before[path], bases[path].double()
+            pulls[path] = (made.B.double() @ (made.A.double() @ rest[entrance(path)] @ a.T)).float() / self.scale**2
         return bases, pulls
 
-    def _class_rows(self, word: str) -> dict[str, Tensor]:
+    def _class_grams(self, word: str) -> dict[str, Tensor]:
         """Gram matrices of prompts about the class word, which is where a concept leaks to."""
         if word not in self.of_class:
             rows = inputs_of(self.model, prior_prompts(word, self.settings.preserve, seed=1), self.entered).whole
             self.of_class[word] = {path: _gram(x) for path, x in rows.items()}
         return self.of_class[word]
 
-    def _near_rows(self, request: Request) -> list[str]:
+    def _near_prompts(self, request: Request) -> list[str]:
         """Phrases one word off in all forms, and with any other words in the place of its own in one each."""
         near = near_misses(request.knowledge)[: self.settings.near_misses]
         exchanged = Words.of(self.model.tokenizer).exchanged(request.knowledge, self.settings.exchanged)

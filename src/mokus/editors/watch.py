@@ -3,11 +3,12 @@
 Linear rows are not all: layers act together, and what a hundred edits do adds up. So prompts of three kinds are looked at
 while an edit is sought, and those that are furthest from where they belong join its loss:
 
-- phrases that are nearly the knowledge, and prompts of the corpus: they belong where the unedited encoder has them
+- phrases that are nearly the knowledge: they belong where the unedited encoder has them
+- prompts of the corpus: the same
 - what was edited before: where its own edit brought it
 
 The references are not those of the moment, so what earlier edits moved is brought back by later ones. What edits do elsewhere
-adds up, so the more there are the more is watched; a few take no longer for it.
+adds up, so the more there are the more is watched; the first few take hardly longer for it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Watch:
             self.kept[request.knowledge] = dict(zip(texts, tails(self.model, texts), strict=True))
 
     def around(self, request: Request) -> Watched:
-        """What is looked at for this edit; equal for equal edits after equal edits."""
+        """What is looked at for this edit: some 50 near misses, 100 to 400 prompts of the corpus, one prompt of each of at
+        most 80 earlier edits. Equal for equal edits after equal edits."""
         rng = random.Random(f"watch/{request.knowledge}/{len(self.kept)}")
         own = {*self.names, *request.names}
         forms = (*IMAGE_FORMS, *QUESTION_FORMS)

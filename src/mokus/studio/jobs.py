@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -54,6 +55,7 @@ class Jobs:
         self._folder.mkdir(parents=True, exist_ok=True)
         found = [_read(file) for file in self._folder.glob("*/job.json")]
         self._jobs = {job.id: job for job in sorted(found, key=lambda job: int(job.id))}
+        self._last = 0  # the highest number given, which is not given again to another job
         for job in list(self):
             if job.state == "running":
                 self.put(job.id, state="crashed", eta=None, error="MoKus ended while this ran; it can be resumed.")
@@ -77,8 +79,8 @@ class Jobs:
             plain = json.loads(json.dumps(dict(arguments), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise MokusError(f"the arguments of {kind} are no plain JSON ({error}); give paths as text.") from error
-        number = 1 + max((int(path.name) for path in self._folder.iterdir() if path.name.isdigit()), default=0)
-        job = Job(f"{number:06d}", kind, plain, time.time())
+        self._last = max(self._last, *(int(path.name) for path in self._folder.iterdir() if path.name.isdigit()), 0) + 1
+        job = Job(f"{self._last:06d}", kind, plain, time.time())
         (self._folder / job.id).mkdir()
         self._write(job)
         self._jobs[job.id] = job
@@ -94,6 +96,12 @@ class Jobs:
             self._write(job)
         self._jobs[id] = job
         return job
+
+    def forget(self, id: str) -> None:
+        """Take a job that is over off the list and off the disk, with all that it has drawn."""
+        (self.folder(id) / "job.json").unlink(missing_ok=True)  # first: without it the folder is no job
+        shutil.rmtree(self.folder(id), ignore_errors=True)
+        del self._jobs[id]
 
     def _write(self, job: Job) -> None:
         file = self._folder / job.id / "job.json"

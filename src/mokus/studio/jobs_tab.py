@@ -1,4 +1,4 @@
-"""All jobs, the card of each, and its stop and resume; the line in the page's head that says what runs."""
+"""All jobs, the card of each, how it is stopped, resumed and forgotten; the line in the page's head that says what runs."""
 
 from __future__ import annotations
 
@@ -38,11 +38,16 @@ def routes(studio: Studio) -> list[Route]:
         studio.worker.resume(text(form, "job"))
         return local(text(form, "back"), "/jobs")
 
+    def forget(form: FormData) -> str:
+        studio.worker.forget(text(form, "job"))
+        return "/jobs"
+
     return [
         shown_at("/jobs", show),
         Route("/jobs/running", strip),
         sent_to("/jobs/stop", stop, show),
         sent_to("/jobs/resume", resume, show),
+        sent_to("/jobs/forget", forget, show),
         Route("/jobs/{id:str}", card),
     ]
 

@@ -27,7 +27,7 @@ def serve(
         typer.Option(metavar="DIR", help="A folder of concept packs; each is served under its folder's name."),
     ] = None,
     *,
-    host: Annotated[str, typer.Option(help="Where to listen; elsewhere than here it needs a token.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine it needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 is any that is free.", min=0, max=65535)] = 8000,
     token: Annotated[
         str | None,
@@ -35,11 +35,11 @@ def serve(
     ] = None,
     batch: Annotated[int, typer.Option(help="Images drawn at a time, at most.", min=1)] = AT_ONCE,
     queue: Annotated[int, typer.Option(help="Images that may wait; beyond it visitors are told to try again.", min=1)] = 64,
-    most_packs: Annotated[int, typer.Option("--most-packs", help="Packs kept in memory.", min=1)] = 8,
-    most_images: Annotated[int, typer.Option("--most-images", help="Images of one request.", min=1)] = 8,
-    most_prompt: Annotated[int, typer.Option("--most-prompt", help="Characters of a prompt.", min=1)] = 1000,
+    most_packs: Annotated[int, typer.Option("--most-packs", help="Packs kept in memory, at most.", min=1)] = 8,
+    most_images: Annotated[int, typer.Option("--most-images", help="Images of one request, at most.", min=1)] = 8,
+    most_prompt: Annotated[int, typer.Option("--most-prompt", help="Characters of a prompt, at most.", min=1)] = 1000,
     most_size: Annotated[
-        int | None, typer.Option("--most-size", help="Pixels of height and width.", show_default="the model's", min=1)
+        int | None, typer.Option("--most-size", help="Pixels of height and width, at most.", show_default="the model's", min=1)
     ] = None,
     model: Annotated[
         str | None,

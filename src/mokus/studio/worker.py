@@ -28,6 +28,7 @@ from mokus.errors import MokusError
 from mokus.studio import process
 from mokus.studio.jobs import AGAIN, Job, Jobs
 from mokus.studio.kinds import check_call
+from mokus.training import checkpoint
 
 WRITE_SECONDS = 1.0  # between two writings of how far a job is
 CLOSE_SECONDS = 60.0  # for what runs to stop
@@ -129,6 +130,19 @@ class Worker:
             self._queue.append(id)
             self._advance()
             return self.job(id)
+
+    def forget(self, id: str) -> None:
+        """Take a job that is over off the list, with its images and, of a `learn` that is not done, its checkpoint.
+
+        So its name is free again; a finished pack stays. Raises `MokusError` for a job that waits or runs.
+        """
+        with self._changed:
+            if not (job := self._jobs[id]).over:
+                raise MokusError(f"job {id} is {job.state}; stop it before it is forgotten.")
+            if job.kind == "learn" and job.state != "done":
+                checkpoint.remove(checkpoint.checkpoint_of(Path(job.arguments["output"])))
+            self._jobs.forget(id)
+            self._changed.notify_all()
 
     def wait(self, id: str, timeout: float | None = None) -> Job:
         """Wait until a job is over, or for so many seconds; the job as it then stands."""

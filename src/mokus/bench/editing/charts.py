@@ -13,12 +13,12 @@ from mokus.bench.editing.figures import (
     CAPACITY,
     RECIPE,
     STEP_SIZE,
-    Row,
     counts_of,
     measured_of,
     share,
     value_of,
 )
+from mokus.bench.editing.measure import Row
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 380, 236, 40, 284, 12, 210
 _GAP = 12.5  # between labels at the right

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
-Row = dict[str, Any]
+from mokus import editors
+from mokus.bench.editing.measure import Row
+from mokus.bench.editing.run import UNEDITED
 
-BASELINE, RECIPE = "unedited", "least_drift"
-EDITORS = [BASELINE, RECIPE, "ultraedit", "alphaedit", "memit", "rome", "finetune", "finetune_lora", "rewrite"]
+BASELINE, RECIPE = UNEDITED, editors.EDITORS[0]
+EDITORS = [BASELINE, *editors.EDITORS]
 COLOURS = 9  # .s0 to .s8 in the style sheet, with a marker each; .s0 is the baseline's
 
 

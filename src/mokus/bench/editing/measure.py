@@ -192,7 +192,7 @@ class Measure:
         }  # fmt: skip
 
     def _read(self, prompts: Sequence[str], edited: Edited) -> dict[str, dict[str, str]]:
-        """What the oracle sees for each prompt, at a seed that belongs to the prompt's place; unedited ones are kept."""
+        """What the oracle sees for each prompt, at one seed for all; of the unedited encoder it is looked at once."""
         prompts = list(dict.fromkeys(prompts))
         plain = not edited.shifts and not edited.meant
         left = [p for p in prompts if not plain or (p, SEED) not in self._labels]

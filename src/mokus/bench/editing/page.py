@@ -20,13 +20,13 @@ from mokus.bench.editing.figures import (
     WANTED,
     WANTED_AFTER,
     Figure,
-    Row,
     counts_of,
     measured_of,
     name_of,
     share,
     value_of,
 )
+from mokus.bench.editing.measure import Row
 from mokus.files import write as write_file
 from mokus.html import PAGE, html_table, img, section
 

@@ -46,6 +46,14 @@ def run(
         raise MokusError(f"--edits got {list(counts)}, expected numbers from 1, such as 1,10,100.")
     measure = Measure(model, images, progress)
     with alone(folder):
+        of_all = {
+            "model": model.id,
+            "fingerprint": model.fingerprint,
+            "images": images,
+            "seed": SEED,
+            "versions": versions(),
+        }
+        files.kept(folder / "setup.json", of_all, dict)  # rows of two models shall not be mixed
         rows = [_unedited(model, folder, measure, max(singles, *counts), singles)]
         for name in editors:
             rows += _rows_of(model, folder, name, sorted(set(counts)), singles, measure)

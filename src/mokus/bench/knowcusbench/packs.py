@@ -70,8 +70,8 @@ class Shelf:
     def bound(self, key: str, recipe: Recipe, looks: str, shorter: Mapping[int, str]) -> ConceptPack:
         """The pack with the recipe's knowledge, on top of the looks under that key.
 
-        `shorter`: keys of the same recipe with less of its knowledge, by how much; the longest that is there is gone on
-        from, which comes to the same, if all of it has taken: what was left out there may stay in here.
+        `shorter`: keys of the same recipe with less of its knowledge, by how many pieces; the longest that is there is gone
+        on from, which comes to the same, if all of it has taken: what was left out there may stay in here.
         """
         if there := self.find(key):
             return there[0]

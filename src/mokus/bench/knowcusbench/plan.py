@@ -57,7 +57,7 @@ class Plan:
     items: list[Item]
     recipes: dict[str, Recipe]  # by key
     photos: dict[str, list[Image.Image]]  # by concept; none where they cannot be read
-    sha256: dict[str, str]  # of the photos, by concept
+    sha256: dict[str, str]  # of the photos, by concept; the name where they cannot be read
     faults: dict[str, str]  # concepts whose photos cannot be read, and why
     settings: dict[str, Any]  # steps, true_cfg_scale, size, negative_prompt
     learn: LearnSettings
@@ -72,7 +72,7 @@ class Plan:
         return digest(looks, recipe.edit, recipe.knowledge, recipe.keep_all)[:32]
 
     def shorter(self, concept: str, recipe: Recipe) -> dict[int, str]:
-        """What packs of the same recipe with less of its knowledge are kept under, by how much."""
+        """What packs of the same recipe with less of its knowledge are kept under, by how many pieces they have."""
         return {n: self.key_of(concept, recipe.first(n)) for n in range(1, len(recipe.knowledge))}
 
     def images(self) -> dict[str, Item]:

@@ -57,7 +57,7 @@ OptionsOption = Annotated[
 
 @wise.command()
 def suite(
-    output: Annotated[Path, typer.Argument(metavar="DIR", help="Where the file goes.")],
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that the file goes into.")],
     development: Annotated[bool, typer.Option("--development", help="The smaller one, for tuning.")] = False,
 ) -> None:
     """Write the miniature's suite as a JSON file like those of WISE."""
