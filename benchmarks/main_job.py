@@ -161,7 +161,7 @@ def measure(model: Model, name: str, seeds: Sequence[int], pack_folder: Path) ->
     photos = world.character_photos(name, PHOTOS, PHOTO_SEED, model.defaults.size)
     with Bars(transient=True) as progress:
         began = time.perf_counter()
-        pack = learn(model, photos, ANCHOR, pack_folder, progress=progress)
+        pack = learn(model, photos, ANCHOR, pack_folder, overwrite=True, progress=progress)
         learned = time.perf_counter()
         rows = draw(model, name, "learned", asked, pack, progress)
         drawn = time.perf_counter()

@@ -291,7 +291,7 @@ class Measurement:
         sized = replace(model, defaults=replace(model.defaults, size=size))
         settings = LearnSettings(steps=self.asked.steps, **(PICO_LEARN if self.asked.pico else FEWER))
         place = self.folder / f"{size}.pack"
-        self.pack = mokus.learn(sized, photos(size), ANCHOR, place, settings=settings, progress=marks)
+        self.pack = mokus.learn(sized, photos(size), ANCHOR, place, settings=settings, overwrite=True, progress=marks)
         parts, steps = marks.seconds_by_part(), typical(marks.each("learning"), self.peak)
         losses = [mark.info["loss"] for mark in marks.all if mark.what == "learning"]
         velocities = {"places": PHOTOS * NOISES * (len(PLACES) + 1), "prior": _velocities(settings)}

@@ -27,7 +27,7 @@ from mokus.training import material
 from mokus.training.material import CROPS
 from mokus.visual_concept import learn
 
-from .conftest import ATTENTION, BLOCKS, SIZE, random_lora
+from .conftest import ATTENTION, BLOCKS, SIZE, PackFactory, random_lora
 
 ANCHOR = "sks toy"
 QUICK = LearnSettings(
@@ -74,7 +74,7 @@ def stop_at(step: int, stage: str = "learning") -> Callable[..., None]:
 
 def broken_off(model: Model, images: Any, output: Path, settings: LearnSettings = QUICK, step: int = 3) -> None:
     with pytest.raises(Stop):
-        learn(model, images, ANCHOR, output, settings=settings, progress=stop_at(step))
+        learn(model, images, ANCHOR, output, settings=settings, overwrite=True, progress=stop_at(step))
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_prior_preservation_preserves(pico: Model, images: list[Image.Image], tm
     drifts = []
     for weight in (0.0, 4.0):
         settings = replace(QUICK, steps=25, prior_weight=weight, prior_batch_size=4, prior_prompts=8)
-        pack = learn(pico, images, ANCHOR, tmp_path / "a.pack", settings=settings)
+        pack = learn(pico, images, ANCHOR, tmp_path / "a.pack", settings=settings, overwrite=True)
         pipe, random, prompts = pico.pipe, torch.Generator().manual_seed(5), ["toy", "a toy", "a red ball", "your toy"]
         with torch.no_grad():
             embeds = [pipe.encode_prompt(prompt)[0] for prompt in prompts]
@@ -289,6 +289,24 @@ def test_a_run_may_be_broken_off_again_and_again(
             learn(pico, images, ANCHOR, output, settings=settings, resume=True, progress=stop_at(step))
     pack = learn(pico, images, ANCHOR, output, settings=settings, resume=True)
     assert equal(pack.lora(), plain.lora())
+
+
+def test_a_run_is_resumed_with_other_settings_that_change_nothing(
+    pico: Model, images: list[Image.Image], plain: ConceptPack, tmp_path: Path
+) -> None:
+    broken_off(pico, images, output := tmp_path / "a.pack")
+    pack = learn(pico, images, ANCHOR, output, settings=replace(QUICK, checkpoint_every=3), resume=True)
+    assert equal(pack.lora(), plain.lora())
+
+
+def test_a_pack_that_is_there_is_replaced_only_if_it_is_said(
+    pico: Model, images: list[Image.Image], pico_pack: PackFactory, tmp_path: Path
+) -> None:
+    before = tree(pico_pack(tmp_path / "a.pack").path)
+    with pytest.raises(MokusError, match="overwrite=True"):
+        learn(pico, images, ANCHOR, tmp_path / "a.pack", settings=QUICK)
+    assert tree(tmp_path / "a.pack") == before
+    assert not learn(pico, images, ANCHOR, tmp_path / "a.pack", settings=QUICK, overwrite=True).knowledge
 
 
 def test_only_the_same_run_is_resumed(pico: Model, images: list[Image.Image], tmp_path: Path) -> None:
@@ -396,7 +414,7 @@ def test_an_older_pack_stays_until_the_new_one_is_whole(pico: Model, images: lis
     before = tree(output)
     broken_off(pico, images, output, QUICK)
     assert tree(output) == before
-    learn(pico, images, ANCHOR, output, settings=QUICK, resume=True)
+    learn(pico, images, ANCHOR, output, settings=QUICK, resume=True, overwrite=True)
     assert tree(output) != before and ConceptPack.open(output).settings["steps"] == QUICK.steps
 
 
@@ -471,7 +489,7 @@ def test_captions_are_used(pico: Model, images: list[Image.Image], tmp_path: Pat
         (folder / "one.txt").unlink(missing_ok=True)
         if caption is not None:
             (folder / "one.txt").write_text(caption, encoding="utf-8")
-        return learn(pico, folder, ANCHOR, tmp_path / "a.pack", settings=ALONE).lora()
+        return learn(pico, folder, ANCHOR, tmp_path / "a.pack", settings=ALONE, overwrite=True).lora()
 
     bare, snow = learned(None), learned("in the snow")
     assert equal(learned(ANCHOR), bare) and equal(learned("  \n"), bare)
@@ -501,7 +519,8 @@ def test_the_place_is_said_in_a_share_of_the_samples(
         photos.mkdir(exist_ok=True)
         images[0].save(photos / "one.png")
         (photos / "one.txt").write_text(caption or "", encoding="utf-8")
-        return learn(pico, photos, ANCHOR, tmp_path / "a.pack", settings=replace(ALONE, place_share=share)).lora()
+        settings = replace(ALONE, place_share=share)
+        return learn(pico, photos, ANCHOR, tmp_path / "a.pack", settings=settings, overwrite=True).lora()
 
     bare, always = learned(None, 1.0), learned(3, 1.0)
     assert equal(bare, learned(None, 0.0)) and equal(bare, learned(3, 0.0)) and not equal(bare, always)
@@ -561,7 +580,7 @@ def largest_difference(a: Image.Image, b: Image.Image) -> int:
 def test_previews_are_the_packs_samples(pico: Model, images: list[Image.Image], tmp_path: Path) -> None:
     """The last one is what the pack draws (a scale other than 1 included), and drawing them changes nothing."""
     settings = replace(QUICK, alpha=6.0, preview_every=2, seed=7)
-    pack = learn(pico, images, ANCHOR, tmp_path / "a.pack", settings=settings)
+    pack = learn(pico, images, ANCHOR, tmp_path / "a.pack", settings=settings, overwrite=True)
     samples = {path.name: Image.open(path) for path in (pack.path / "samples").iterdir()}
     assert sorted(samples) == ["step-00002.png", "step-00004.png"]
     assert all(sample.size == (SIZE, SIZE) for sample in samples.values())

@@ -132,8 +132,9 @@ def learn(
     try:
         with Bars(hidden=not processes.first) as progress:
             pack = learn(
-                loaded, photos, anchor, output, settings=settings, resume=resume, progress=progress, processes=processes
-            )
+                loaded, photos, anchor, output, settings=settings, resume=resume, overwrite=overwrite, progress=progress,
+                processes=processes,
+            )  # fmt: skip
     except KeyboardInterrupt:
         if checkpoint_of(output).is_file():
             note(f"--resume goes on from the last checkpoint; there is one every {settings.checkpoint_every} steps.")

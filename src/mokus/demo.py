@@ -168,7 +168,7 @@ class _Demo:
             self.progress(what, done, total, info)
 
         with self.timed("learning the looks (stage 1)"):
-            pack = learn(self.model, photos, self.story.anchor, self.output / "pack", progress=watch)
+            pack = learn(self.model, photos, self.story.anchor, self.output / "pack", overwrite=True, progress=watch)
         self.story.settings["stage 1"] = pack.settings
         return pack
 

@@ -37,8 +37,10 @@ def erase(
     replacement: str | None = None,
     settings: EditSettings | None = None,
     progress: Progress | None = None,
+    overwrite: bool = False,
 ) -> tuple[ConceptPack | None, list[Edit]]:
-    """Make the answers about these phrases something neutral; the pack, without looks, goes into the folder `output`.
+    """Make the answers about these phrases something neutral; the pack, without looks, goes into the folder `output`, in
+    place of an older one if `overwrite`.
 
     `replacement`: what stands in their place; by default each one's class word, see `plain`. The pack's anchor is the
     replacement, of the first phrase if they differ. What has not taken is left out; the pack is None, and nothing is
@@ -54,7 +56,7 @@ def erase(
         neutral = replacement or plain(phrase)
         check_meaning(model, phrase, neutral, "replacement")
         wanted.append(request(phrase, neutral, asked(phrase)))
-    return create_pack(model, output, wanted[0].says, wanted, settings, progress)
+    return create_pack(model, output, wanted[0].says, wanted, settings, progress, overwrite)
 
 
 def asked(phrase: str) -> list[str]:

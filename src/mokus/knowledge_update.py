@@ -160,15 +160,19 @@ def create_pack(
     requests: Sequence[Request],
     settings: EditSettings | None = None,
     progress: Progress | None = None,
+    overwrite: bool = False,
 ) -> tuple[ConceptPack | None, list[Edit]]:
-    """A pack of words alone, without looks, in which these answers are updated; in place of an older pack at `path`.
+    """A pack of words alone, without looks, in which these answers are updated.
+
+    An older pack at `path` is replaced only if `overwrite` says so.
 
     `anchor`: what knowledge that is bound to it later shall mean. Nothing is written, and the pack is None, if no request
     has taken. Raises `MokusError` if there is something else at `path`, or the editor makes no packs (`rewrite`).
     """
     from mokus.packs.concept_pack import ConceptPack
+    from mokus.packs.files import check_free
 
-    ConceptPack.check_place(path)
+    check_free(path, overwrite)
     settings = _editing(model, settings)
     with model.resident("text_encoder"):
         edits = _hold_together(model, _found(model, requests, [], settings, False, progress), [], settings)

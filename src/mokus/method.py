@@ -61,12 +61,13 @@ def customize(
     prompts: Sequence[str],
     output: Path | str,
     seeds: Sequence[int] = (0,),
+    overwrite: bool = False,
 ) -> tuple[ConceptPack, list[Generated]]:
     """The whole method: photos and knowledge in, images of the prompts out, one per prompt and seed.
 
-    The pack stays in the folder `output`; knowledge that did not take is missing from `pack.knowledge`. Raises
-    `MokusError` for photos, an anchor or knowledge that cannot be used.
+    The pack stays in the folder `output`, in place of an older one if `overwrite`; knowledge that did not take is missing
+    from `pack.knowledge`. Raises `MokusError` for photos, an anchor, knowledge or a place that cannot be used.
     """
-    pack = learn(model, photos, anchor, output)  # stage 1: what the anchor looks like
+    pack = learn(model, photos, anchor, output, overwrite=overwrite)  # stage 1: what the anchor looks like
     bind(model, pack, *knowledge)  # stage 2: other ways to say the anchor
     return pack, list(generate(model, prompts, packs=[pack], seeds=seeds))

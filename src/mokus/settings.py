@@ -82,6 +82,10 @@ class _Settings:
                 raise MokusError(f"{name} is {value}, expected at least {least:g}; choose a larger one.")
 
 
+# of `LearnSettings`, those that do not change what is learned, but for rounding
+UNSEEN = ("compile", "preview_every", "checkpoint_every")
+
+
 @dataclass(frozen=True)
 class LearnSettings(_Settings):
     """Stage 1, visual concept learning."""

@@ -69,7 +69,7 @@ def create(
 
     settings = EditSettings.for_editor(loaded.defaults, **chosen)
     with Bars() as progress:
-        pack, edit = create(loaded, name, description, output, question or None, settings, progress)
+        pack, edit = create(loaded, name, description, output, question or None, settings, progress, overwrite)
     _tell(pack, [edit], as_json)
 
 
@@ -101,7 +101,7 @@ def erase(
 
     settings = EditSettings.for_editor(loaded.defaults, **chosen)
     with Bars() as progress:
-        pack, edits = erase(loaded, concepts, output, replace, settings, progress)
+        pack, edits = erase(loaded, concepts, output, replace, settings, progress, overwrite)
     _tell(pack, edits, as_json)
 
 

@@ -33,8 +33,9 @@ def create(
     questions: Sequence[str] | None = None,
     settings: EditSettings | None = None,
     progress: Progress | None = None,
+    overwrite: bool = False,
 ) -> tuple[ConceptPack | None, Edit]:
-    """Give a name a meaning; the pack, without looks, goes into the folder `output`, in place of an older one.
+    """Give a name a meaning; the pack, without looks, goes into the folder `output`, in place of an older one if `overwrite`.
 
     The pack's anchor is the description, so phrases that are bound to it later mean it as well. `questions` replaces `ASKED`.
     The pack is None, and nothing is written, if the edit has not taken. Raises `MokusError` for a name or a description
@@ -46,7 +47,7 @@ def create(
     for question in questions or ():
         check_text(question, "question", f"What is {name}?")
     wanted = request(name, description, questions or about(name))
-    pack, edits = create_pack(model, output, description, [wanted], settings, progress)
+    pack, edits = create_pack(model, output, description, [wanted], settings, progress, overwrite)
     return pack, edits[0]
 
 

@@ -36,10 +36,11 @@ from mokus.generation import draw_padded
 from mokus.knowledge import check_anchor, normalise
 from mokus.knowledge import class_word as class_word_of
 from mokus.packs.concept_pack import ConceptPack
+from mokus.packs.files import check_free
 from mokus.photos import Photo, load_photos, photos_of
 from mokus.pipeline import Model, check_bare
 from mokus.progress import Progress, silent
-from mokus.settings import LearnSettings
+from mokus.settings import UNSEEN, LearnSettings
 from mokus.training import checkpoint
 from mokus.training.checkpoint import checkpoint_of
 from mokus.training.compiled import blocks_compiled, check_compiler
@@ -62,19 +63,22 @@ def learn(
     class_word: str | None = None,
     settings: LearnSettings | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
     processes: Processes | None = None,
 ) -> ConceptPack:
     """Learn the concept on the photos as `anchor` ("sks toy") and write its pack, without any knowledge, to `output`.
 
+    A pack that is there is replaced, and the knowledge in it, only if `overwrite` says so.
+
     `photos` is a folder or images. With a `class_word` ("toy") the anchor may be any phrase, as in DreamBooth without a
     rare token, but is then no good answer for `bind`. `resume` goes on from where a stopped run with the same input and
-    settings was, to the same result. `progress(what, done, total, info)` is called after every step, with the loss in
-    `info`; if it raises `errors.Stopped` there, a checkpoint is written first. With `processes`, which learn it together, each
-    of them calls this with a model of its own and the first one writes, to a folder that all of them see; sharded weights stay
-    so, and such a process can do nothing else with its model.
+    settings was, to the same result on the same device in the same memory tier. `progress(what, done, total, info)` is
+    called after every step, with the loss in `info`; if it raises `errors.Stopped` there, a checkpoint is written first.
+    With `processes`, which learn it together, each of them calls this with a model of its own and the first one writes, to
+    a folder that all of them see; sharded weights stay so, and such a process can do nothing else with its model.
 
-    Raises `MokusError` for photos or an anchor that cannot be used, and if the loss is no longer finite; the last good
+    Raises `MokusError` for photos, an anchor or a place that cannot be used, and if the loss is no longer finite; the last good
     weights are then kept in the checkpoint that `resume` goes on from, at another learning rate if you like.
     """
     anchor = normalise(anchor, "anchor", "sks toy")
@@ -83,7 +87,7 @@ def learn(
     word = normalise(class_word or class_word_of(anchor), "class word", "toy")
     settings = settings or LearnSettings.for_model(model.defaults.learn)
     memory.check(model.tier, "learn")
-    ConceptPack.check_place(output)
+    check_free(output, overwrite)
     _check_transformer(model, settings.targets)
     if settings.compile:
         check_compiler(model.device)
@@ -134,6 +138,11 @@ def _check_transformer(model: Model, targets: Sequence[str]) -> None:
             )
 
 
+def _devices(model: Model) -> list[torch.device]:
+    """Whose random numbers are put back: not those of every GPU of the machine, of which torch would warn."""
+    return [model.device] if model.device.type == "cuda" else []
+
+
 def _ending(name: str) -> str:
     """The last word of a module's path, with a number behind it if there is one: to_q, to_out.0."""
     *_, word, last = f".{name}".split(".")
@@ -164,7 +173,7 @@ class _Run:
         """Inside, the transformer is on the device and has a fresh LoRA in float32; afterwards it is as before."""
         s = self.settings
         config = LoraConfig(r=s.rank, lora_alpha=s.alpha, target_modules=s.targets, init_lora_weights="gaussian")
-        with torch.random.fork_rng(), self.model.resident("transformer", training=True):
+        with torch.random.fork_rng(_devices(self.model)), self.model.resident("transformer", training=True):
             torch.manual_seed(s.seed)
             self.transformer.add_adapter(config, adapter_name=ADAPTER)
             self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
@@ -298,8 +307,8 @@ class _Run:
 
     @property
     def identity(self) -> str:
-        """What a checkpoint belongs to: model, photos, anchor, settings but for the learning rate."""
-        settings = {key: value for key, value in asdict(self.settings).items() if key != "learning_rate"}
+        """What a checkpoint belongs to: model, photos, anchor, settings but for the learning rate and those without effect."""
+        settings = {key: value for key, value in asdict(self.settings).items() if key not in ("learning_rate", *UNSEEN)}
         given = self.material
         digest = hashlib.sha256(json.dumps([self.model.fingerprint, given.anchor, given.word, settings]).encode())
         for photo in given.photos:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mokus.errors import MokusError
-from mokus.packs.files import check_free
 from mokus.settings import AT_ONCE
 
 if TYPE_CHECKING:
@@ -84,10 +83,9 @@ def learn(
         task.progress(what, done, total, info)
 
     with alone(output):
-        check_free(place, overwrite)
         pack = learn(
             model, Path(photos), anchor, place, class_word=class_word, settings=wanted,
-            resume=task.resuming and checkpoint.is_file(), progress=watch,
+            resume=task.resuming and checkpoint.is_file(), overwrite=overwrite, progress=watch,
         )  # fmt: skip
     return {**_summary(pack), "seconds": time.perf_counter() - began}
 
@@ -199,9 +197,8 @@ def create(
 
     model = task.model()
     with alone(output):
-        check_free(Path(output), overwrite)
         pack, edit = create(
-            model, name, description, output, questions, _editing(model, settings), progress=task.progress
+            model, name, description, output, questions, _editing(model, settings), task.progress, overwrite
         )
     return {"pack": str(pack.path) if pack else None, "edits": _told([edit])}
 
@@ -215,8 +212,7 @@ def erase(
 
     model = task.model()
     with alone(output):
-        check_free(Path(output), overwrite)
-        pack, edits = erase(model, concepts, output, replacement, _editing(model, settings), progress=task.progress)
+        pack, edits = erase(model, concepts, output, replacement, _editing(model, settings), task.progress, overwrite)
     return {"pack": str(pack.path) if pack else None, "edits": _told(edits)}
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import yaml  # type: ignore[import-untyped]
 
 from mokus.errors import MokusError
-from mokus.settings import LearnSettings
+from mokus.settings import UNSEEN, LearnSettings
 from mokus.yaml_list import entries
 
 if TYPE_CHECKING:
@@ -36,11 +36,6 @@ if TYPE_CHECKING:
 TEXTS = ("photos", "anchor", "output")
 # what may go wrong with one concept while the others are fine: its photos, its place, memory
 FAULTS = (MokusError, OSError, RuntimeError, ValueError)
-UNSEEN = (
-    "compile",
-    "preview_every",
-    "checkpoint_every",
-)  # settings that do not change what is learned, but for rounding
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", list[str]: "a list of names"}
 
 

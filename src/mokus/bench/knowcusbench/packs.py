@@ -63,7 +63,7 @@ class Shelf:
         began = time.perf_counter()
         learn(
             self.model, list(photos), recipe.looks, making / "pack", class_word=recipe.class_word or None,
-            settings=self.settings, resume=resume, progress=self.progress,
+            settings=self.settings, resume=resume, overwrite=True, progress=self.progress,
         )  # fmt: skip
         return self._finish(key, Made(time.perf_counter() - began if whole else None, 0, 0))
 
