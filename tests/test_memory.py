@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,38 @@ def test_few_bits_are_near_and_small(
     assert 0 < float((after - before).norm() / before.norm()) < tolerance
     assert not any(memory.plain(m) for m in blocks.modules() if isinstance(m, nn.Linear))
     assert all(g.dtype == torch.float32 for g in gradients(transformer, memory.tier("checkpointed")))
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_eight_bits_leave_nothing_behind_where_they_were(
+    pico_of_my_own: pipeline.Model, monkeypatch: pytest.MonkeyPatch, used: bool
+) -> None:
+    """Weights are moved as to and from a GPU: what `Module.to` moves is copied, what it does not know of stays."""
+    to = nn.Module.to
+
+    def copied(self: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        return to(self, "cpu")._apply(torch.Tensor.clone)
+
+    def check() -> None:
+        layers: Any = [m for m in transformer.modules() if isinstance(m, nn.Linear) and m.weight.dtype == torch.int8]
+        assert layers
+        for each in layers:
+            held = (each.weight.data, each.weight.CB, each.state.CB)
+            assert len({x.data_ptr() for x in held if x is not None}) == 1
+
+    transformer, tier = pico_of_my_own.pipe.transformer, memory.tier("8bit")
+    model = replace(pico_of_my_own, device=torch.device("cuda"), tier=tier)
+    monkeypatch.setattr(nn.Module, "to", copied)
+    memory.place(model.pipe, tier, torch.device("cpu"))
+    check()
+    with torch.no_grad():
+        before = velocity(transformer if used else deepcopy(transformer))
+        with model.resident("transformer"):
+            check()
+            assert torch.equal(velocity(transformer), before)
+            check()
+        check()
+        assert torch.equal(velocity(transformer), before)
 
 
 def test_four_bits_pass_gradients_on_after_they_were_used_without(

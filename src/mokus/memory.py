@@ -135,7 +135,18 @@ def place(pipe: Any, one: Tier, device: torch.device) -> None:
     if one.stays and device.type != "cpu":
         pipe.to(device)
     elif one.bits < 16:
-        pipe.transformer.to("cpu")  # until it is wanted
+        move(pipe.transformer, "cpu")  # until it is wanted
+
+
+def move(module: nn.Module, device: torch.device | str) -> None:
+    """Move a component, and what bitsandbytes' layers of 8 bits hold beside their parameters: `Module.to` leaves it behind."""
+    module.to(device)
+    layers: Any = [each for each in module.modules() if hasattr(each, "init_8bit_state")]
+    for each in layers:
+        if each.weight.dtype == torch.int8:
+            if each.weight.CB is not None:  # it was never used
+                each.init_8bit_state()
+            each.state.CB, each.state.SCB = each.weight.data, each.state.SCB.to(each.weight.device)
 
 
 def quantise(module: nn.Module, bits: int, device: torch.device) -> None:

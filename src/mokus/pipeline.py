@@ -108,7 +108,7 @@ class Model:
     def _place(self) -> None:
         inside = self._residents[-1] if self._residents else ()
         for name in ("vae",) if self.tier.streamed else COMPONENTS:  # the others come and go by themselves
-            getattr(self.pipe, name).to(self.device if name in inside else "cpu")
+            memory.move(getattr(self.pipe, name), self.device if name in inside else "cpu")
 
 
 def load(
