@@ -266,6 +266,16 @@ def test_every_export_says_how_it_is_loaded(exported: dict[str, Exported]) -> No
             compile(code, README, "exec")
 
 
+def test_what_a_stranger_wrote_and_odd_folders_are_text_in_it(tmp_path: Path, pico_pack: PackFactory) -> None:
+    pack = pico_pack(tmp_path / "a.pack", knowledge=["my <script>toy</script>", "the `rm` of mine"])
+    folder = tmp_path / 'my "best" toy'
+    text = (export(pack, "diffusers", folder).path / README).read_text(encoding="utf-8")
+    assert "- my &lt;script>toy" in text and "- the 'rm' of mine" in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    compile(code, README, "exec")
+    assert json.dumps(folder.name) in code
+
+
 def test_the_same_pack_has_the_same_bytes(tmp_path: Path, pack: ConceptPack, exported: dict[str, Exported]) -> None:
     for to in ("comfyui", "diffusers", "kohya"):
         again = export(pack, to, tmp_path / to)

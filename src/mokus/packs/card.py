@@ -56,7 +56,7 @@ image = next(mokus.generate(model, {prompt}, packs=[mokus.ConceptPack.open(".")]
 """
 
 
-def _prose(text: str) -> str:
+def prose(text: str) -> str:
     """A user's text in Markdown: no tags, and no end of a code span."""
     return text.replace("<", "&lt;").replace("`", "'")
 
@@ -87,12 +87,12 @@ def card(fields: Mapping[str, Any], lora: bool, samples: Sequence[str] = ()) -> 
     """README.md, from the fields of the manifest, whether there is a LoRA, and the paths of previews of the anchor."""
     base, anchor, knowledge = fields["base_model"], fields["anchor"], fields["knowledge"]
     looks = (
-        f"`{_prose(anchor)}` draws the concept"
+        f"`{prose(anchor)}` draws the concept"
         if lora
-        else f"`{_prose(anchor)}` is a concept made of words, without looks of its own"
+        else f"`{prose(anchor)}` is a concept made of words, without looks of its own"
     )
     phrases = "".join(
-        f"- {_prose(known['text'])}{'' if known['answer'] == anchor else ': ' + _prose(known['answer'])}\n"
+        f"- {prose(known['text'])}{'' if known['answer'] == anchor else ': ' + prose(known['answer'])}\n"
         for known in knowledge
     )
     load = ""
@@ -110,7 +110,7 @@ def card(fields: Mapping[str, Any], lora: bool, samples: Sequence[str] = ()) -> 
         size=usual["size"], steps=usual["steps"], scale=max(usual["true_cfg_scale"] - less, 0), guidance=guidance,
         pipeline=backbone.pipeline, tag=backbone.name,
         negative=json.dumps(usual["negative_prompt"], ensure_ascii=False),
-        base=base, base_model=quoted, anchor=prompt, title=_prose(anchor), gallery=f"widget:\n{shown}" if shown else "",
+        base=base, base_model=quoted, anchor=prompt, title=prose(anchor), gallery=f"widget:\n{shown}" if shown else "",
         base_of="" if base == MINIATURE else f"base_model: {quoted}\nbase_model_relation: adapter\n",  # the hub has no miniature
         contents=_contents_of(looks, lora, bool(knowledge)),
         knowledge=f"\nBound to it:\n\n{phrases}" if knowledge else "",

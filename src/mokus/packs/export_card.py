@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mokus.backbone import BACKBONES
-from mokus.packs.card import loading
+from mokus.packs.card import loading, prose
 from mokus.packs.files import ADAPTER, ADAPTER_FOLDER, LORA
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ A whole `{pipeline}`; the concept cannot be taken out again.
 ```python
 from diffusers import {pipeline}
 
-pipe = {pipeline}.from_pretrained("{folder}")  # a large model: dtype=torch.bfloat16, and pipe.to("cuda")
+pipe = {pipeline}.from_pretrained({folder})  # a large model: dtype=torch.bfloat16, and pipe.to("cuda")
 image = pipe({prompt}).images[0]
 ```
 """
@@ -45,23 +45,24 @@ def readme(target: str, pack: ConceptPack, folder: str, files: Sequence[str], no
     """The text, for the export in `folder` whose files of weights are `files`."""
     known = pack.knowledge if target != "kohya" else []
     prompt = json.dumps(known[0].text if known else pack.anchor, ensure_ascii=False)
+    quoted, adapter = (json.dumps(name, ensure_ascii=False) for name in (folder, f"{folder}/{ADAPTER_FOLDER}"))
     imports, source = loading(pack.base_model, BACKBONES[pack.pipeline])
     load = ""
     if LORA in files:
-        load += f'pipe.load_lora_weights("{folder}", weight_name="{LORA}", use_safetensors=True)\n'
+        load += f'pipe.load_lora_weights({quoted}, weight_name="{LORA}", use_safetensors=True)\n'
     if ADAPTER in files:
         # which keeps the factors in float32 beside a bfloat16 model; `load_adapter` of transformers rounds them. They go
         # into the encoder itself: one pipeline or the other reaches into it, and does not find its way in a wrapped one
-        load += f'knowledge = PeftModel.from_pretrained(pipe.text_encoder, "{folder}/{ADAPTER_FOLDER}")\n'
+        load += f"knowledge = PeftModel.from_pretrained(pipe.text_encoder, {adapter})\n"
     how = {"comfyui": _COMFYUI, "kohya": _KOHYA, "diffusers": _DIFFUSERS, "merged": _MERGED}[target].format(
-        file=files[0] if files else "", folder=folder, prompt=prompt, load=load, pipeline=pack.pipeline,
+        file=files[0] if files else "", folder=quoted, prompt=prompt, load=load, pipeline=pack.pipeline,
         peft="from peft import PeftModel\n" if ADAPTER in files else "",
         imports=imports, source=source,
     )  # fmt: skip
-    meanings = "".join(f"- {each.text}\n" for each in known)
+    meanings = "".join(f"- {prose(each.text)}\n" for each in known)
     told = f"\nThese phrases mean it, or what stands beside them in the pack:\n\n{meanings}" if known else ""
     lacks = "".join(f"\nNote: {sentence}.\n" for sentence in notes)
     return (
-        f"# {pack.anchor}\n\nA concept of MoKus for `{pack.base_model}`, exported for {target}. "
-        f"`{pack.anchor}` draws it.\n{told}{lacks}\n{how}"
+        f"# {prose(pack.anchor)}\n\nA concept of MoKus for `{pack.base_model}`, exported for {target}. "
+        f"`{prose(pack.anchor)}` draws it.\n{told}{lacks}\n{how}"
     )
