@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from mokus import cli, memory, pipeline, qwen_image
 from mokus.cli import app
+from mokus.doctor import machine, rehearsal
 from mokus.doctor import plan as doctor
-from mokus.doctor import rehearsal
 from mokus.doctor.flops import TOKENS, image_flops, text_flops
 from mokus.doctor.machine import GIB, Machine
 from mokus.doctor.shape import PUBLISHED, Shape
@@ -212,6 +212,17 @@ def test_a_full_host_counts_as_well(small: Shape) -> None:
     assert doctor.plan(small, "learn", replace(roomy, host=float(1 << 20))).chosen is None
 
 
+@pytest.mark.parametrize("gib", [4, 79])
+def test_too_little_host_memory_changes_no_command_s_tier(published: Shape, gib: float) -> None:
+    """A command chooses by the GPU alone, and `usual` with the host's memory says what it chooses."""
+    short = replace(card(gib), host=32 * GIB)
+    found = doctor.usual(published, short)
+    assert found == doctor.usual(published, card(gib))
+    if found:
+        assert found is doctor.fitting(published, gib * GIB, torch.bfloat16)
+    assert doctor.plan(published, "generate", short).chosen is None
+
+
 def test_a_small_model_needs_no_plan_and_a_large_one_is_planned(small: Shape, published: Shape) -> None:
     assert doctor.fitting(small, 8 * GIB, torch.bfloat16) is memory.TIERS[0]
     assert doctor.fitting(published, 79 * GIB, torch.bfloat16).name == "selective"
@@ -272,6 +283,24 @@ def test_the_command_says_which_tier_is_taken_for_all_tasks_alike() -> None:
     (found,) = json.loads(run(*given, "16", "--json").stdout)
     assert (found["tier"], found["usual_tier"]) == (None, "offload")
     assert "without --tier no command runs" in run(*given, "4").stdout
+
+
+def test_too_little_host_memory_is_a_warning_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["--model", PUBLISHED, "--task", "generate", "--device", "cpu"]
+    for host, warned in ((32, True), (100, False)):
+        short = replace(card(79), host=host * GIB)
+        monkeypatch.setattr(machine, "this_machine", lambda *_, short=short: short)
+        result = run(*given)
+        told = " ".join(result.stdout.split())
+        assert result.exit_code == int(warned), told
+        assert "a command without --tier takes tier selective" in told
+        assert (
+            ("of host memory, and there are 32.0 GiB" in told)
+            == ("fits in no tier, too little host memory" in told)
+            == warned
+        )
+        (found,) = json.loads(run(*given, "--json").stdout)
+        assert found["usual_tier"] == "selective" and found["tiers"][1]["fits_host"] is not warned
 
 
 def test_a_tier_whose_library_is_not_installed_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:

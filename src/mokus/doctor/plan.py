@@ -124,9 +124,16 @@ class Need:
         return max(stage.peak for stage in self.stages)
 
     def fits(self, machine: Machine) -> bool:
-        """With room for CUDA itself and for fragments, and the host, too, as far as it is known."""
-        on_gpu = self.tier is CPU or (machine.gpu is not None and self.peak * MARGIN + CONTEXT <= machine.gpu)
-        return on_gpu and (machine.host is None or self.host <= machine.host)
+        """The GPU and the host, as far as it is known."""
+        return self.fits_gpu(machine) and self.fits_host(machine)
+
+    def fits_gpu(self, machine: Machine) -> bool:
+        """With room for CUDA itself and for fragments."""
+        return self.tier is CPU or (machine.gpu is not None and self.peak * MARGIN + CONTEXT <= machine.gpu)
+
+    def fits_host(self, machine: Machine) -> bool:
+        """As far as its memory is known."""
+        return machine.host is None or self.host <= machine.host
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,7 @@ class Plan:
             "tiers": [
                 {
                     "tier": need.tier.name, "what": need.tier.text, "fits": need.fits(self.machine),
+                    "fits_host": need.fits_host(self.machine),
                     "gpu_gib": None if need.tier is CPU else need.peak / GIB, "host_gib": need.host / GIB,
                     "lacks": lacks(need.tier),
                 }
@@ -249,7 +257,8 @@ def usual(shape: Shape, machine: Machine, dtype: torch.dtype = torch.bfloat16) -
     """The tier that a command takes by itself, whatever it does: the first in which all tasks fit; None if drawing does not.
 
     Images are of the model's own size. If learning or binding fits in no tier, it is the first in which drawing does: they
-    then say that their memory is full.
+    then say that their memory is full. Only the GPU's memory counts: that of the host is an estimate, and whether it is too
+    little is said by the doctor and refused by nobody.
     """
     if machine.gpu is None:
         return CPU
@@ -258,7 +267,7 @@ def usual(shape: Shape, machine: Machine, dtype: torch.dtype = torch.bfloat16) -
     for tasks in (TASKS, ("generate",)):
         for each in TIERS[:-1]:
             if set(tasks) <= set(each.tasks) and all(
-                need(shape, task, each, shape.defaults.size, AT_ONCE, dtype).fits(machine) for task in tasks
+                need(shape, task, each, shape.defaults.size, AT_ONCE, dtype).fits_gpu(machine) for task in tasks
             ):
                 return each
     return None
