@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -251,6 +252,38 @@ def test_eight_images_of_1024_pixels_are_planned_and_drawn_where_one_is(publishe
 def test_what_cannot_be_planned(small: Shape, task: str, size: int, words: str) -> None:
     with pytest.raises(MokusError, match=words):
         doctor.plan(small, task, card(1), size)
+
+
+# --- this machine ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("memory.max", "1048576\n", 2**20),
+        ("memory.max", "max\n", None),
+        ("memory/memory.limit_in_bytes", "2097152\n", 2**21),
+        ("memory/memory.limit_in_bytes", "9223372036854771712\n", None),  # as version 1 says that there is no limit
+        ("unknown", "1", None),
+    ],
+)
+def test_host_memory_is_what_the_container_may_take(
+    name: str, text: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text, encoding="ascii")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "cpu_tflops", lambda: 1.0)
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert machine.this_machine(torch.device("cpu")).host == (expected or whole)
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "cuda:99", "nothing"])
+def test_other_devices_are_one_sentence_even_where_torch_has_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in ("mps", "xpu"):
+        monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # as if it were there
+    with pytest.raises(MokusError, match=f"{name!r} is not there, expected cpu, cuda"):
+        pipeline.device_of(name)
 
 
 # --- the command ---------------------------------------------------------
