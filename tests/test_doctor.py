@@ -254,6 +254,32 @@ def test_what_cannot_be_planned(small: Shape, task: str, size: int, words: str) 
         doctor.plan(small, task, card(1), size)
 
 
+def shallow() -> Shape:
+    """Qwen-Image with 12 layers in its text encoder, of which 18 to 25 would be edited."""
+    return Shape.of(PUBLISHED).with_layers(text_layers=12)
+
+
+def test_edits_of_layers_that_are_not_there_are_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence, that of `bind`; the other tasks are planned, and a command's tier is theirs."""
+    words = "layer 18 is to be edited, but the text encoder has layers 0 to 11"
+    with pytest.raises(MokusError, match=words):
+        doctor.plan(shallow(), "bind", card(79))
+    tier = doctor.fitting(shallow(), 79 * GIB, torch.bfloat16)
+    assert tier.name == "selective"
+    assert doctor.need(shallow(), "learn", tier, 1024, 8, torch.bfloat16).fits_gpu(card(79))
+    with_12 = shallow()
+    monkeypatch.setattr(Shape, "of", lambda *_: with_12)
+    result = run("--task", "bind", "--gpu-memory", "79")
+    assert result.exit_code == 2 and words in " ".join(result.output.split())
+    assert run("--task", "generate", "--gpu-memory", "79").exit_code == 0
+
+
+def test_edits_of_modules_that_are_not_there_are_no_plan(small: Shape) -> None:
+    odd = replace(small, defaults=Defaults(size=32, edit={"layers": [1], "modules": ["mlp.nothing"]}))
+    with pytest.raises(MokusError, match=r"'mlp\.nothing' is no module"):
+        doctor.plan(odd, "bind", card(1))
+
+
 # --- this machine ---------------------------------------------------------
 
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from mokus.backbone import QWEN_IMAGE
 from mokus.doctor import rehearsal
 from mokus.doctor.flops import TOKENS, image_flops, text_flops
 from mokus.doctor.machine import GIB, Machine
 from mokus.doctor.rehearsal import Use
 from mokus.doctor.shape import SHAPES, Shape, key_of
-from mokus.encoder import entrance
+from mokus.encoder import check_edited, entrance
 from mokus.errors import MokusError
 from mokus.generation import MAX_SIZE
 from mokus.memory import CPU, TASKS, TIERS, Tier, lacks
@@ -223,7 +224,7 @@ def plan(
     """What the task needs in every tier, and the first that fits the machine.
 
     `size` in pixels, `batch` images drawn at a time (learning has its own, in the settings). Raises `MokusError` for a
-    task or a size that cannot be.
+    task or a size that cannot be, and if the model has not what binding edits by default.
     """
     size = shape.defaults.size if size is None else size
     if task not in TASKS:
@@ -232,6 +233,8 @@ def plan(
         raise MokusError(f"the resolution is {size}, expected at most {MAX_SIZE} pixels.")
     if size < shape.patch or size % shape.patch:
         raise MokusError(f"the resolution is {size}, expected a multiple of {shape.patch} pixels.")
+    if task == "bind":
+        check_bind(shape)
     on_gpu = machine.gpu is not None
     tiers = [each for each in TIERS if task in each.tasks and (on_gpu or each is CPU)]
     kinds = {each.name: torch.float32 if each is CPU else dtype or torch.bfloat16 for each in tiers}
@@ -264,13 +267,32 @@ def usual(shape: Shape, machine: Machine, dtype: torch.dtype = torch.bfloat16) -
         return CPU
     if sum(shape.parameters.values()) * dtype.itemsize * 20 < machine.gpu:
         return TIERS[0]  # a small model needs no plan
-    for tasks in (TASKS, ("generate",)):
+    for tasks in ([each for each in TASKS if each != "bind" or _binds(shape)], ["generate"]):
         for each in TIERS[:-1]:
             if set(tasks) <= set(each.tasks) and all(
                 need(shape, task, each, shape.defaults.size, AT_ONCE, dtype).fits_gpu(machine) for task in tasks
             ):
                 return each
     return None
+
+
+def check_bind(shape: Shape) -> None:
+    """Raise `MokusError`, as `bind` does, if the text encoder lacks a layer or a module that is edited by default."""
+    count = shape.text.num_hidden_layers
+    settings = EditSettings.for_model(shape.defaults.edit)
+    check_edited(settings, _text_layer(shape, torch.bfloat16), count, QWEN_IMAGE.highest(count))
+
+
+def _binds(shape: Shape) -> bool:
+    try:
+        check_bind(shape)
+    except MokusError:
+        return False
+    return True
+
+
+def _text_layer(shape: Shape, dtype: torch.dtype) -> Any:
+    return shape.with_layers(text_layers=1).build("text_encoder", dtype).model.language_model.layers[0]
 
 
 def need(shape: Shape, task: str, tier: Tier, size: int, batch: int, dtype: torch.dtype) -> Need:
@@ -346,7 +368,7 @@ def _training(key: str, tier: Tier, samples: int, size: int, rank: int, dtype: t
 def _edit_beside(shape: Shape, dtype: torch.dtype) -> float:
     settings, text = EditSettings.for_model(shape.defaults.edit), shape.text
     edited, above = len(settings.layers), text.num_hidden_layers - 1 - max(settings.layers)
-    layer = shape.with_layers(text_layers=1).build("text_encoder", dtype).model.language_model.layers[0]
+    layer = _text_layer(shape, dtype)
     matrices = [layer.get_submodule(name) for name in settings.modules]
     entered = {entrance(f".{name}"): each.in_features for name, each in zip(settings.modules, matrices, strict=True)}
     grams = GRAMS * sum(width**2 for width in entered.values()) * edited * 8
