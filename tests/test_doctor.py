@@ -280,6 +280,26 @@ def test_edits_of_modules_that_are_not_there_are_no_plan(small: Shape) -> None:
         doctor.plan(odd, "bind", card(1))
 
 
+def test_previews_are_drawn_beside_what_learning_holds(published: Shape) -> None:
+    """With the VAE, and the LoRA's gradient and moments where they are in a training step."""
+    often = replace(published, defaults=replace(published.defaults, learn={"preview_every": 10}))
+    given: tuple[Any, ...] = ("learn", memory.tier("staged"), 1024, 1, torch.bfloat16)
+    without, with_previews = (doctor.need(shape, *given).stages for shape in (published, often))
+    assert with_previews[:-1] == without
+    drawing = doctor.need(published, "generate", *given[1:])
+    assert with_previews[-1].resident == ("transformer", "vae")
+    assert drawing.peak < with_previews[-1].peak < drawing.peak + GIB
+
+
+def test_what_must_stay_is_on_the_host_twice_as_it_is_joined(published: Shape) -> None:
+    """Points of 4096 tokens with 64 channels, each with a velocity, in float32."""
+    settings = LearnSettings()
+    points = settings.prior_prompts * (settings.prior_steps + settings.prior_steps // 2)
+    given: tuple[Any, ...] = (memory.tier("staged"), 1024, 1, torch.bfloat16)
+    learn, generate = (doctor.need(published, task, *given).host for task in ("learn", "generate"))
+    assert learn - generate == 2 * points * 2 * 4096 * 64 * 4
+
+
 # --- this machine ---------------------------------------------------------
 
 

@@ -344,13 +344,19 @@ def _beside(
     recorded = max(8 * learning.prior_batch_size if learning.prior_weight else 1, NOISES)
     samples = learning.batch_size + (learning.prior_batch_size if learning.prior_weight else 0)
     adapter = COPIES * _lora(shape, rank)
-    return [
+    stages: list[tuple[str, tuple[str, ...], float]] = [
         ("reading photos", ("vae",), _vae_use(key, 1, size, False, dtype).peak * KERNELS),
         (*reading[:2], reading[2] + held),
         ("places, what must stay", ("transformer",),
          _image_use(key, recorded, size, rank, False, False, dtype).peak + held),
         ("learning", ("transformer",), _training(key, tier, samples, size, rank, dtype) + held + adapter),
     ]  # fmt: skip
+    if learning.preview_every:  # one image of the model's own size
+        own = shape.defaults.size
+        drawn = _image_use(key, 1, own, rank, False, False, dtype).peak
+        decoded = _vae_use(key, 1, own, True, dtype).peak * KERNELS
+        stages.append(("drawing previews", ("transformer", "vae"), max(drawn, decoded) + held + adapter))
+    return stages
 
 
 def _training(key: str, tier: Tier, samples: int, size: int, rank: int, dtype: torch.dtype) -> float:
@@ -384,10 +390,10 @@ def _lora(shape: Shape, rank: int) -> float:
 
 
 def _preserved(shape: Shape, size: int, settings: LearnSettings) -> float:
-    """Bytes of the base model's velocities, with where they are taken, which are kept on the host in float32."""
+    """Bytes on the host, in float32, of the base model's velocities with where they are taken: twice, as they are joined."""
     points = settings.prior_prompts * (settings.prior_steps + max(1, settings.prior_steps // 2))
     channels = int(shape.configs["transformer"].get("in_channels", 64))
-    return 2.0 * 4 * points * (size // shape.patch) ** 2 * channels * bool(settings.prior_weight)
+    return 2 * 2.0 * 4 * points * (size // shape.patch) ** 2 * channels * bool(settings.prior_weight)
 
 
 def work(shape: Shape, task: str, tier: Tier, size: int) -> Work:
