@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -18,8 +19,8 @@ from typer.testing import CliRunner
 
 from mokus import cli, memory, pipeline, qwen_image
 from mokus.cli import app
+from mokus.doctor import machine, rehearsal
 from mokus.doctor import plan as doctor
-from mokus.doctor import rehearsal
 from mokus.doctor.flops import TOKENS, image_flops, text_flops
 from mokus.doctor.machine import GIB, Machine
 from mokus.doctor.shape import PUBLISHED, Shape
@@ -212,6 +213,17 @@ def test_a_full_host_counts_as_well(small: Shape) -> None:
     assert doctor.plan(small, "learn", replace(roomy, host=float(1 << 20))).chosen is None
 
 
+@pytest.mark.parametrize("gib", [4, 79])
+def test_too_little_host_memory_changes_no_command_s_tier(published: Shape, gib: float) -> None:
+    """A command chooses by the GPU alone, and `usual` with the host's memory says what it chooses."""
+    short = replace(card(gib), host=32 * GIB)
+    found = doctor.usual(published, short)
+    assert found == doctor.usual(published, card(gib))
+    if found:
+        assert found is doctor.fitting(published, gib * GIB, torch.bfloat16)
+    assert doctor.plan(published, "generate", short).chosen is None
+
+
 def test_a_small_model_needs_no_plan_and_a_large_one_is_planned(small: Shape, published: Shape) -> None:
     assert doctor.fitting(small, 8 * GIB, torch.bfloat16) is memory.TIERS[0]
     assert doctor.fitting(published, 79 * GIB, torch.bfloat16).name == "selective"
@@ -240,6 +252,84 @@ def test_eight_images_of_1024_pixels_are_planned_and_drawn_where_one_is(publishe
 def test_what_cannot_be_planned(small: Shape, task: str, size: int, words: str) -> None:
     with pytest.raises(MokusError, match=words):
         doctor.plan(small, task, card(1), size)
+
+
+def shallow() -> Shape:
+    """Qwen-Image with 12 layers in its text encoder, of which 18 to 25 would be edited."""
+    return Shape.of(PUBLISHED).with_layers(text_layers=12)
+
+
+def test_edits_of_layers_that_are_not_there_are_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence, that of `bind`; the other tasks are planned, and a command's tier is theirs."""
+    words = "layer 18 is to be edited, but the text encoder has layers 0 to 11"
+    with pytest.raises(MokusError, match=words):
+        doctor.plan(shallow(), "bind", card(79))
+    tier = doctor.fitting(shallow(), 79 * GIB, torch.bfloat16)
+    assert tier.name == "selective"
+    assert doctor.need(shallow(), "learn", tier, 1024, 8, torch.bfloat16).fits_gpu(card(79))
+    with_12 = shallow()
+    monkeypatch.setattr(Shape, "of", lambda *_: with_12)
+    result = run("--task", "bind", "--gpu-memory", "79")
+    assert result.exit_code == 2 and words in " ".join(result.output.split())
+    assert run("--task", "generate", "--gpu-memory", "79").exit_code == 0
+
+
+def test_edits_of_modules_that_are_not_there_are_no_plan(small: Shape) -> None:
+    odd = replace(small, defaults=Defaults(size=32, edit={"layers": [1], "modules": ["mlp.nothing"]}))
+    with pytest.raises(MokusError, match=r"'mlp\.nothing' is no module"):
+        doctor.plan(odd, "bind", card(1))
+
+
+def test_previews_are_drawn_beside_what_learning_holds(published: Shape) -> None:
+    """With the VAE, and the LoRA's gradient and moments where they are in a training step."""
+    often = replace(published, defaults=replace(published.defaults, learn={"preview_every": 10}))
+    given: tuple[Any, ...] = ("learn", memory.tier("staged"), 1024, 1, torch.bfloat16)
+    without, with_previews = (doctor.need(shape, *given).stages for shape in (published, often))
+    assert with_previews[:-1] == without
+    drawing = doctor.need(published, "generate", *given[1:])
+    assert with_previews[-1].resident == ("transformer", "vae")
+    assert drawing.peak < with_previews[-1].peak < drawing.peak + GIB
+
+
+def test_what_must_stay_is_on_the_host_twice_as_it_is_joined(published: Shape) -> None:
+    """Points of 4096 tokens with 64 channels, each with a velocity, in float32."""
+    settings = LearnSettings()
+    points = settings.prior_prompts * (settings.prior_steps + settings.prior_steps // 2)
+    given: tuple[Any, ...] = (memory.tier("staged"), 1024, 1, torch.bfloat16)
+    learn, generate = (doctor.need(published, task, *given).host for task in ("learn", "generate"))
+    assert learn - generate == 2 * points * 2 * 4096 * 64 * 4
+
+
+# --- this machine ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("memory.max", "1048576\n", 2**20),
+        ("memory.max", "max\n", None),
+        ("memory/memory.limit_in_bytes", "2097152\n", 2**21),
+        ("memory/memory.limit_in_bytes", "9223372036854771712\n", None),  # as version 1 says that there is no limit
+        ("unknown", "1", None),
+    ],
+)
+def test_host_memory_is_what_the_container_may_take(
+    name: str, text: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text, encoding="ascii")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "cpu_tflops", lambda: 1.0)
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert machine.this_machine(torch.device("cpu")).host == (expected or whole)
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "cuda:99", "nothing"])
+def test_other_devices_are_one_sentence_even_where_torch_has_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in ("mps", "xpu"):
+        monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # as if it were there
+    with pytest.raises(MokusError, match=f"{name!r} is not there, expected cpu, cuda"):
+        pipeline.device_of(name)
 
 
 # --- the command ---------------------------------------------------------
@@ -272,6 +362,24 @@ def test_the_command_says_which_tier_is_taken_for_all_tasks_alike() -> None:
     (found,) = json.loads(run(*given, "16", "--json").stdout)
     assert (found["tier"], found["usual_tier"]) == (None, "offload")
     assert "without --tier no command runs" in run(*given, "4").stdout
+
+
+def test_too_little_host_memory_is_a_warning_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["--model", PUBLISHED, "--task", "generate", "--device", "cpu"]
+    for host, warned in ((32, True), (100, False)):
+        short = replace(card(79), host=host * GIB)
+        monkeypatch.setattr(machine, "this_machine", lambda *_, short=short: short)
+        result = run(*given)
+        told = " ".join(result.stdout.split())
+        assert result.exit_code == int(warned), told
+        assert "a command without --tier takes tier selective" in told
+        assert (
+            ("of host memory, and there are 32.0 GiB" in told)
+            == ("fits in no tier, too little host memory" in told)
+            == warned
+        )
+        (found,) = json.loads(run(*given, "--json").stdout)
+        assert found["usual_tier"] == "selective" and found["tiers"][1]["fits_host"] is not warned
 
 
 def test_a_tier_whose_library_is_not_installed_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,29 +42,36 @@ def module_paths(model: Model, settings: EditSettings) -> list[str]:
     Raises `MokusError` for a layer or module that it does not have, and for a layer that the image transformer is not told of.
     """
     layers = model.language_model.layers
-    highest = model.backbone.highest(len(layers))
+    check_edited(settings, layers[0], len(layers), model.backbone.highest(len(layers)))
+    names = dict.fromkeys(settings.modules)
+    inside = model.backbone.language_model
+    return [f"{inside}.layers.{layer}.{name}" for layer in sorted(set(settings.layers)) for name in names]
+
+
+def check_edited(settings: EditSettings, one: nn.Module, count: int, highest: int) -> None:
+    """Raise `MokusError` for a layer or module to be edited that is not there, or is beyond what the image transformer is told.
+
+    `one` is any of the text encoder's `count` layers, which may be without contents.
+    """
     for layer in settings.layers:
-        if not 0 <= layer < len(layers):
-            raise MokusError(f"layer {layer} is to be edited, but the text encoder has layers 0 to {len(layers) - 1}.")
+        if not 0 <= layer < count:
+            raise MokusError(f"layer {layer} is to be edited, but the text encoder has layers 0 to {count - 1}.")
         if layer > highest:
             raise MokusError(
                 f"layer {layer} is to be edited, but the image transformer is told what comes out of layer {highest}, so no "
                 f"edit above it shows in images; choose from layers 0 to {highest}."
             )
     for name in settings.modules:
-        if not isinstance(dict(layers[0].named_modules()).get(name), nn.Linear):
+        if not isinstance(dict(one.named_modules()).get(name), nn.Linear):
             raise MokusError(
                 f"{name!r} is no module of the text encoder's layers with a weight matrix, expected names such as "
                 "mlp.gate_proj."
             )
-        if not plain(layers[0].get_submodule(name)):
+        if not plain(one.get_submodule(name)):
             raise MokusError(
                 f"{name!r} is quantised in this text encoder, and edits are found in plain weights; edit with the model in "
                 "bfloat16 or float32. Packs that are there can be used with it."
             )
-    names = dict.fromkeys(settings.modules)
-    inside = model.backbone.language_model
-    return [f"{inside}.layers.{layer}.{name}" for layer in sorted(set(settings.layers)) for name in names]
 
 
 def entrance(path: str) -> str:

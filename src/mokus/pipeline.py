@@ -297,12 +297,15 @@ def _config(component: Any) -> str:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of this name, by default a GPU if there is one. Raises `MokusError` if it is not there."""
+    """The CPU or GPU of this name, by default a GPU if there is one. Raises `MokusError` if it is not there."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type != "meta":
+        if device.type in (
+            "cpu",
+            "cuda",
+        ):  # the others lack what is asked of a GPU: its free memory, its own random state
             torch.empty(0, device=device)
             return device
     except (RuntimeError, AssertionError, NotImplementedError):  # unknown to torch, not built in, not there

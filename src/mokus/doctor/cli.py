@@ -118,14 +118,32 @@ def _print(plans: list[Plan], usual: str | None) -> None:
         if usual
         else "without --tier no command runs: nothing fits"
     )
+    if short := _short_of_host(plans, usual):
+        out.print(short)
     for plan in plans:
         _print_plan(plan.as_json(), out)
+
+
+def _short_of_host(plans: list[Plan], usual: str | None) -> str | None:
+    """A sentence if the host has too little memory for some of the tasks in the tier that a command takes."""
+    from mokus.doctor.machine import GIB
+
+    needs = [each for plan in plans for each in plan.needs if each.tier.name == usual]
+    have = plans[0].machine.host
+    most = max((each.host for each in needs), default=0.0)
+    if have is None or most <= have:
+        return None
+    return (
+        f"warning: that takes about {most / GIB:.1f} GiB of host memory, and there are {have / GIB:.1f} GiB; commands are not "
+        "refused for it, but the system may end them: use a machine with more memory, or more swap"
+    )
 
 
 def _print_plan(found: dict[str, Any], out: Any) -> None:
     from mokus.memory import INSTALL
 
-    verdict = f"tier {found['tier']}" if found["tier"] else "fits in no tier"
+    why = "" if any(each["fits_host"] for each in found["tiers"]) else ", too little host memory"
+    verdict = f"tier {found['tier']}" if found["tier"] else f"fits in no tier{why}"
     below = f", next one down {found['next_tier']}" if found["next_tier"] else ""
     out.print(f"\n{found['task']} at {found['resolution']} pixels: {verdict}{below}")
     stages = Table("stage", "on the device", "weights, GiB", "peak, GiB", box=None, pad_edge=False)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
+CGROUPS = Path("/sys/fs/cgroup")
+LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # there, of a container's memory: version 2, version 1
 # Of dense bf16, TFLOP/s by the makers' data sheets, with accumulation in float32
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 
@@ -28,12 +30,23 @@ class Machine:
 
 def this_machine(device: torch.device, place: Path = Path(".")) -> Machine:
     """The GPU with what is free on it, or the CPU with how fast it multiplies matrices now, in float32."""
-    host = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    host = host_memory()
     disk = float(shutil.disk_usage(place).free)
     if device.type == "cpu":
         return Machine(f"CPU, {torch.get_num_threads()} threads", None, host, disk, cpu_tflops())
     name = torch.cuda.get_device_name(device)
     return Machine(name, float(torch.cuda.mem_get_info(device)[0]), host, disk, peak_of(name))
+
+
+def host_memory() -> float:
+    """Bytes of memory, or of what this container may take of it."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in LIMITS:
+        try:
+            found.append(int((CGROUPS / name).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such version here; "max", which is no limit
+            continue
+    return float(min(found))
 
 
 def other_machine(gpu_gib: float, name: str | None = None) -> Machine:

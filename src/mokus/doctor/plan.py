@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from mokus.backbone import QWEN_IMAGE
 from mokus.doctor import rehearsal
 from mokus.doctor.flops import TOKENS, image_flops, text_flops
 from mokus.doctor.machine import GIB, Machine
 from mokus.doctor.rehearsal import Use
 from mokus.doctor.shape import SHAPES, Shape, key_of
-from mokus.encoder import entrance
+from mokus.encoder import check_edited, entrance
 from mokus.errors import MokusError
 from mokus.generation import MAX_SIZE
 from mokus.memory import CPU, TASKS, TIERS, Tier, lacks
@@ -124,9 +125,16 @@ class Need:
         return max(stage.peak for stage in self.stages)
 
     def fits(self, machine: Machine) -> bool:
-        """With room for CUDA itself and for fragments, and the host, too, as far as it is known."""
-        on_gpu = self.tier is CPU or (machine.gpu is not None and self.peak * MARGIN + CONTEXT <= machine.gpu)
-        return on_gpu and (machine.host is None or self.host <= machine.host)
+        """The GPU and the host, as far as it is known."""
+        return self.fits_gpu(machine) and self.fits_host(machine)
+
+    def fits_gpu(self, machine: Machine) -> bool:
+        """With room for CUDA itself and for fragments."""
+        return self.tier is CPU or (machine.gpu is not None and self.peak * MARGIN + CONTEXT <= machine.gpu)
+
+    def fits_host(self, machine: Machine) -> bool:
+        """As far as its memory is known."""
+        return machine.host is None or self.host <= machine.host
 
 
 @dataclass(frozen=True)
@@ -191,6 +199,7 @@ class Plan:
             "tiers": [
                 {
                     "tier": need.tier.name, "what": need.tier.text, "fits": need.fits(self.machine),
+                    "fits_host": need.fits_host(self.machine),
                     "gpu_gib": None if need.tier is CPU else need.peak / GIB, "host_gib": need.host / GIB,
                     "lacks": lacks(need.tier),
                 }
@@ -215,7 +224,7 @@ def plan(
     """What the task needs in every tier, and the first that fits the machine.
 
     `size` in pixels, `batch` images drawn at a time (learning has its own, in the settings). Raises `MokusError` for a
-    task or a size that cannot be.
+    task or a size that cannot be, and if the model has not what binding edits by default.
     """
     size = shape.defaults.size if size is None else size
     if task not in TASKS:
@@ -224,6 +233,8 @@ def plan(
         raise MokusError(f"the resolution is {size}, expected at most {MAX_SIZE} pixels.")
     if size < shape.patch or size % shape.patch:
         raise MokusError(f"the resolution is {size}, expected a multiple of {shape.patch} pixels.")
+    if task == "bind":
+        check_bind(shape)
     on_gpu = machine.gpu is not None
     tiers = [each for each in TIERS if task in each.tasks and (on_gpu or each is CPU)]
     kinds = {each.name: torch.float32 if each is CPU else dtype or torch.bfloat16 for each in tiers}
@@ -249,19 +260,39 @@ def usual(shape: Shape, machine: Machine, dtype: torch.dtype = torch.bfloat16) -
     """The tier that a command takes by itself, whatever it does: the first in which all tasks fit; None if drawing does not.
 
     Images are of the model's own size. If learning or binding fits in no tier, it is the first in which drawing does: they
-    then say that their memory is full.
+    then say that their memory is full. Only the GPU's memory counts: that of the host is an estimate, and whether it is too
+    little is said by the doctor and refused by nobody.
     """
     if machine.gpu is None:
         return CPU
     if sum(shape.parameters.values()) * dtype.itemsize * 20 < machine.gpu:
         return TIERS[0]  # a small model needs no plan
-    for tasks in (TASKS, ("generate",)):
+    for tasks in ([each for each in TASKS if each != "bind" or _binds(shape)], ["generate"]):
         for each in TIERS[:-1]:
             if set(tasks) <= set(each.tasks) and all(
-                need(shape, task, each, shape.defaults.size, AT_ONCE, dtype).fits(machine) for task in tasks
+                need(shape, task, each, shape.defaults.size, AT_ONCE, dtype).fits_gpu(machine) for task in tasks
             ):
                 return each
     return None
+
+
+def check_bind(shape: Shape) -> None:
+    """Raise `MokusError`, as `bind` does, if the text encoder lacks a layer or a module that is edited by default."""
+    count = shape.text.num_hidden_layers
+    settings = EditSettings.for_model(shape.defaults.edit)
+    check_edited(settings, _text_layer(shape, torch.bfloat16), count, QWEN_IMAGE.highest(count))
+
+
+def _binds(shape: Shape) -> bool:
+    try:
+        check_bind(shape)
+    except MokusError:
+        return False
+    return True
+
+
+def _text_layer(shape: Shape, dtype: torch.dtype) -> Any:
+    return shape.with_layers(text_layers=1).build("text_encoder", dtype).model.language_model.layers[0]
 
 
 def need(shape: Shape, task: str, tier: Tier, size: int, batch: int, dtype: torch.dtype) -> Need:
@@ -313,13 +344,19 @@ def _beside(
     recorded = max(8 * learning.prior_batch_size if learning.prior_weight else 1, NOISES)
     samples = learning.batch_size + (learning.prior_batch_size if learning.prior_weight else 0)
     adapter = COPIES * _lora(shape, rank)
-    return [
+    stages: list[tuple[str, tuple[str, ...], float]] = [
         ("reading photos", ("vae",), _vae_use(key, 1, size, False, dtype).peak * KERNELS),
         (*reading[:2], reading[2] + held),
         ("places, what must stay", ("transformer",),
          _image_use(key, recorded, size, rank, False, False, dtype).peak + held),
         ("learning", ("transformer",), _training(key, tier, samples, size, rank, dtype) + held + adapter),
     ]  # fmt: skip
+    if learning.preview_every:  # one image of the model's own size
+        own = shape.defaults.size
+        drawn = _image_use(key, 1, own, rank, False, False, dtype).peak
+        decoded = _vae_use(key, 1, own, True, dtype).peak * KERNELS
+        stages.append(("drawing previews", ("transformer", "vae"), max(drawn, decoded) + held + adapter))
+    return stages
 
 
 def _training(key: str, tier: Tier, samples: int, size: int, rank: int, dtype: torch.dtype) -> float:
@@ -337,7 +374,7 @@ def _training(key: str, tier: Tier, samples: int, size: int, rank: int, dtype: t
 def _edit_beside(shape: Shape, dtype: torch.dtype) -> float:
     settings, text = EditSettings.for_model(shape.defaults.edit), shape.text
     edited, above = len(settings.layers), text.num_hidden_layers - 1 - max(settings.layers)
-    layer = shape.with_layers(text_layers=1).build("text_encoder", dtype).model.language_model.layers[0]
+    layer = _text_layer(shape, dtype)
     matrices = [layer.get_submodule(name) for name in settings.modules]
     entered = {entrance(f".{name}"): each.in_features for name, each in zip(settings.modules, matrices, strict=True)}
     grams = GRAMS * sum(width**2 for width in entered.values()) * edited * 8
@@ -353,10 +390,10 @@ def _lora(shape: Shape, rank: int) -> float:
 
 
 def _preserved(shape: Shape, size: int, settings: LearnSettings) -> float:
-    """Bytes of the base model's velocities, with where they are taken, which are kept on the host in float32."""
+    """Bytes on the host, in float32, of the base model's velocities with where they are taken: twice, as they are joined."""
     points = settings.prior_prompts * (settings.prior_steps + max(1, settings.prior_steps // 2))
     channels = int(shape.configs["transformer"].get("in_channels", 64))
-    return 2.0 * 4 * points * (size // shape.patch) ** 2 * channels * bool(settings.prior_weight)
+    return 2 * 2.0 * 4 * points * (size // shape.patch) ** 2 * channels * bool(settings.prior_weight)
 
 
 def work(shape: Shape, task: str, tier: Tier, size: int) -> Work:
