@@ -302,10 +302,8 @@ def device_of(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type in (
-            "cpu",
-            "cuda",
-        ):  # the others lack what is asked of a GPU: its free memory, its own random state
+        # the others lack what is asked of a GPU: its free memory, its own random state
+        if device.type in ("cpu", "cuda"):
             torch.empty(0, device=device)
             return device
     except (RuntimeError, AssertionError, NotImplementedError):  # unknown to torch, not built in, not there
