@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from mokus.cli import app
 from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift, Shifts
-from mokus.packs import concept_pack
+from mokus.packs import concept_pack, files
 from mokus.packs.concept_pack import ADAPTER, ADAPTER_CONFIG, LORA, MANIFEST, README, ConceptPack
 from mokus.pipeline import Model
 
@@ -311,6 +311,22 @@ def _killed_at(patch: pytest.MonkeyPatch, k: int, bind: Callable[[], None]) -> i
         os._exit(0)
     _, status = os.waitpid(child, 0)
     return k + (os.waitstatus_to_exitcode(status) == 9)
+
+
+def test_a_pack_is_read_though_it_is_being_swapped(
+    tmp_path: Path, pico_pack: PackFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process stands between the two renames just as long as the folder is looked for."""
+    place = pico_pack(tmp_path / "toy.pack").path
+    looked = files.identity
+
+    def first_rename(path: Path) -> tuple[int, ...] | None:
+        monkeypatch.setattr("mokus.packs.concept_pack.identity", looked)
+        os.replace(path, path.with_name(".toy.pack.old"))
+        return looked(path)
+
+    monkeypatch.setattr("mokus.packs.concept_pack.identity", first_rename)
+    assert [each.text for each in ConceptPack.open(place).knowledge] == ["my favourite toy"]
 
 
 def test_an_interrupted_swap_is_undone(tmp_path: Path, pico_pack: PackFactory) -> None:

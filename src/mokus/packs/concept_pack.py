@@ -50,6 +50,7 @@ from mokus.packs.files import (
     check_place,
     clear,
     finish_swap,
+    half_swapped,
     identity,
     listing,
     locked_place,
@@ -341,7 +342,9 @@ def _load(place: Path) -> _Contents:
         try:
             return _read(place)
         except (MokusError, OSError) as error:
-            if identity(place) != before and attempt < READ_ATTEMPTS - 1:
+            # in this order: between the two looks a swap may end, but then the second one sees it
+            swapped = half_swapped(place) or identity(place) != before
+            if swapped and attempt < READ_ATTEMPTS - 1:
                 continue
             if isinstance(error, OSError):
                 raise MokusError(

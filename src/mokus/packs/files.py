@@ -102,9 +102,14 @@ def swap(beside: Path, place: Path) -> None:
     _discard(aside)
 
 
+def half_swapped(place: Path) -> bool:
+    """Whether nothing is there for now, because a swap is, or was cut off, between its two renames."""
+    return not place.exists() and (_aside(place) / MANIFEST).exists()
+
+
 def finish_swap(place: Path) -> None:
-    """If a swap was cut off between its two renames, bring the old pack back."""
-    if place.exists() or not (_aside(place) / MANIFEST).exists():
+    """If a swap was cut off between its two renames, bring the old pack back; if it is under way, wait for it."""
+    if not half_swapped(place):
         return
     with locked_place(place):
         if not place.exists() and _aside(place).exists():  # else it was not cut off, only under way
