@@ -297,7 +297,7 @@ def _config(component: Any) -> str:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The CPU or GPU of this name, by default a GPU if there is one. Raises `MokusError` if it is not there."""
+    """The CPU or GPU of this name, by default a GPU if there is one. Raises `MokusError` for any other, or if it is not there."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -306,9 +306,9 @@ def device_of(name: str | None) -> torch.device:
         if device.type in ("cpu", "cuda"):
             torch.empty(0, device=device)
             return device
-    except (RuntimeError, AssertionError, NotImplementedError):  # unknown to torch, not built in, not there
+    except (RuntimeError, AssertionError):  # unknown to torch or not there, not built in
         pass
-    raise MokusError(f"the device {name!r} is not there, expected cpu, cuda or cuda:1; leave it out to choose.")
+    raise MokusError(f"the device {name!r} cannot be used, expected cpu, cuda or cuda:1; leave it out to choose.")
 
 
 def _model_index(source: str) -> dict[str, Any]:
