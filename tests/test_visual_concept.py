@@ -299,6 +299,23 @@ def test_a_run_is_resumed_with_other_settings_that_change_nothing(
     assert equal(pack.lora(), plain.lora())
 
 
+def test_a_pack_names_every_learning_rate_that_it_was_learned_at(
+    pico: Model, images: list[Image.Image], plain: ConceptPack, tmp_path: Path
+) -> None:
+    """With the step from which on it was, where a stopped run is gone on with at another; one alone stands by itself."""
+    output, slower = tmp_path / "a.pack", replace(QUICK, learning_rate=QUICK.learning_rate / 2)
+    every = {"checkpoint_every": 1}
+    broken_off(pico, images, output, replace(QUICK, **every), step=2)
+    for step in (3, 4):
+        with pytest.raises(Stop):
+            learn(pico, images, ANCHOR, output, settings=replace(slower, **every), resume=True, progress=stop_at(step))
+    pack = learn(pico, images, ANCHOR, output, settings=replace(QUICK, **every), resume=True)
+    rates = pack.settings["learning_rates"]
+    assert [rate for _, rate in rates] == [QUICK.learning_rate, slower.learning_rate, QUICK.learning_rate]
+    assert [step for step, _ in rates] == [0, 2, 3]
+    assert "learning_rates" not in plain.settings and not equal(pack.lora(), plain.lora())
+
+
 def test_a_pack_that_is_there_is_replaced_only_if_it_is_said(
     pico: Model, images: list[Image.Image], pico_pack: PackFactory, tmp_path: Path
 ) -> None:

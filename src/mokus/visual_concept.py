@@ -79,7 +79,7 @@ def learn(
     a folder that all of them see; sharded weights stay so, and such a process can do nothing else with its model.
 
     Raises `MokusError` for photos, an anchor or a place that cannot be used, and if the loss is no longer finite; the last good
-    weights are then kept in the checkpoint that `resume` goes on from, at another learning rate if you like.
+    weights are then kept in the checkpoint that `resume` goes on from, at another learning rate if you like; the pack names all of them.
     """
     anchor = normalise(anchor, "anchor", "sks toy")
     if class_word is None:
@@ -119,7 +119,7 @@ def learn(
         lora = run.lora()
     if team.first:
         ConceptPack.create(
-            output, model=model, anchor=anchor, word=word, lora=lora, settings=asdict(settings), samples=run.previews
+            output, model=model, anchor=anchor, word=word, lora=lora, settings=run.recorded(), samples=run.previews
         )
         checkpoint.remove(run.file)
     team.wait()
@@ -167,6 +167,9 @@ class _Run:
         self.file = checkpoint_of(output)
         self.resumed: dict[str, Any] = {}  # what the checkpoint holds that is gone on from
         self.previews: dict[str, Image.Image] = {}
+        self.rates: list[
+            list[float]
+        ] = []  # learning rates, each behind the number of the first step that was made at it
 
     @contextmanager
     def adapter(self) -> Iterator[None]:
@@ -199,6 +202,9 @@ class _Run:
         if start:
             set_peft_model_state_dict(self.transformer, self.resumed["lora"], adapter_name=ADAPTER)
             self.previews = dict(self.resumed["previews"])
+        earlier = [each for each in self.resumed.get("rates", []) if each[0] < start]
+        changed = not earlier or earlier[-1][1] != s.learning_rate
+        self.rates = [*earlier, *([[start, s.learning_rate]] if changed else [])]
         optimiser = torch.optim.AdamW(self.parameters, lr=s.learning_rate, weight_decay=1e-4)
         self.network, self.optimiser = self.team.prepare(self.transformer, optimiser)
         self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]  # shards are others
@@ -338,7 +344,11 @@ class _Run:
         lora = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
         state = self.team.whole({"lora": lora, "optimiser": self.optimiser.state_dict()})
         if self.team.first:
-            checkpoint.write(self.file, self.identity, step, state, self.previews)
+            checkpoint.write(self.file, self.identity, step, {**state, "rates": self.rates}, self.previews)
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings, as the pack names them: with all learning rates where a stopped run was gone on with at another."""
+        return asdict(self.settings) | ({"learning_rates": self.rates} if len(self.rates) > 1 else {})
 
     def resume(self) -> None:
         """Go on from the checkpoint. Raises `MokusError` if there is none or it is of another run."""

@@ -22,6 +22,9 @@ An edit acts at the template's tail and at the answer behind it, so that is wher
 to the corpus, and the answers of earlier edits, without which their second words are lost first (docs/log.md). There, too,
 an edit has to hold for ways to say it that it was not made with: the more forms span H, the less C takes of what they share.
 
+What an edit takes along is what had the same answer, since in deeper layers keys tell of the answer (docs/log.md). So prompts of
+the corpus to which the unedited encoder says what it says to the knowledge count more than the rest of the corpus, too.
+
 Linear rows are not all. What else shall stay is watched as it comes out of the encoder (`watch`): twice in between, those few
 prompts that are furthest from where they belong join the loss, as far as they are further than `FREE`.
 """
@@ -172,10 +175,7 @@ class Editor:
         """Gram matrices of those prompts of the corpus to which the unedited encoder says what it says to the knowledge."""
         was = answers(self.model, request.questions[:1], longest=CONTINUED)[0]
         edited = {*self.watch.names, *request.names}
-        texts = [
-            text for text, said in self.said.items()
-            if was and f"{said},".startswith((f"{was},", f"{was} ")) and not any(name in text for name in edited)
-        ]  # fmt: skip
+        texts = [text for text, said in self.said.items() if _begins(said, was) and not any(n in text for n in edited)]
         some = random.Random(request.knowledge).sample(texts, min(ALIKE, len(texts)))
         rows = inputs_of(self.model, some, self.entered, said=CONTINUED).behind
         return {path: ALIKE_WEIGHT * _gram(x) for path, x in rows.items()}
@@ -275,6 +275,11 @@ class _Search:
 
 def _hinge(x: Tensor, sharp: float = SHARP) -> Tensor:
     return F.softplus(x * sharp) / sharp
+
+
+def _begins(said: str, was: str) -> bool:
+    """ "green star, forest" begins with "green star", "green starfish" does not; nothing begins with nothing."""
+    return bool(was) and f"{said},".startswith((f"{was},", f"{was} "))
 
 
 def _gram(x: Tensor) -> Tensor:
