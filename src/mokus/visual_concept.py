@@ -79,7 +79,8 @@ def learn(
     a folder that all of them see; sharded weights stay so, and such a process can do nothing else with its model.
 
     Raises `MokusError` for photos, an anchor or a place that cannot be used, and if the loss is no longer finite; the last good
-    weights are then kept in the checkpoint that `resume` goes on from, at another learning rate if you like; the pack names all of them.
+    weights are then kept in the checkpoint that `resume` goes on from, at another learning rate if you like; the pack then names
+    all of them.
     """
     anchor = normalise(anchor, "anchor", "sks toy")
     if class_word is None:
