@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,18 @@ from mokus.bench.knowcusbench.ablate import SWEEPS, first_alone, many
 from mokus.bench.knowcusbench.manifest import Suite, load_suite
 from mokus.bench.knowcusbench.methods import METHODS, about, method
 from mokus.bench.knowcusbench.plan import Plan, asked, class_prompt, image_file, make_plan
+from mokus.bench.knowcusbench.recipe import Recipe
 from mokus.bench.knowcusbench.run import Runner, Shard, estimate
 from mokus.bench.state import alone
 from mokus.cli import app
 from mokus.editors import EDITORS
 from mokus.errors import MokusError
 from mokus.generation import packs_loaded
+from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model
-from mokus.settings import EditSettings
+from mokus.settings import EditSettings, LearnSettings
 
+from .conftest import PackFactory
 from .test_cli import DEFAULTS
 
 SUITE: dict[str, Any] = {
@@ -366,6 +370,32 @@ def test_the_estimate_counts_a_piece_once_where_packs_go_on_from_each_other(
     last = make_plan(model, first_alone(suite), {"last": SWEEPS["knowledge"](suite, settings).methods["mokus@knowledge=3"]},
                      [0], {"album": album}, ["robot"])  # fmt: skip
     assert estimate(model, last, tmp_path, 4).bound == 1 and estimate(model, last, tmp_path / "new", 4).bound == 3
+
+
+def test_seconds_are_those_of_binding_all_at_once_with_the_statistics_at_hand(
+    model: Model, pico_pack: PackFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each edit once, and once what is done before and after them, however many packs a pack goes on from."""
+    clock = [0.0]
+
+    def statistics(*_: Any) -> None:
+        clock[0] += 100
+
+    def bound(model: Model, pack: ConceptPack, *knowledge: str, **_: Any) -> list[SimpleNamespace]:
+        clock[0] += 7 + 3 * len(knowledge)
+        return [SimpleNamespace(taken=True, seconds=3.0) for _ in knowledge]
+
+    monkeypatch.setattr(packs, "editor", lambda _: statistics)
+    monkeypatch.setattr(packs, "bind", bound)
+    monkeypatch.setattr(packs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    pico_pack(tmp_path / "looks" / "pack")
+    shelf, shorter = packs.Shelf(model, tmp_path, LearnSettings()), {}
+    for n, wanted in ((1, (10, 3)), (2, (13, 6)), (4, (19, 12))):
+        recipe = Recipe("sks toy", edit=EditSettings(), knowledge=tuple(f"thing {i}" for i in range(n)))
+        shelf.bound(str(n), recipe, "looks", shorter)
+        found = shelf.find(str(n))
+        assert found and (found[1].seconds, found[1].editing) == wanted and found[1].taken == n
+        shorter = {**shorter, n: str(n)}
 
 
 @pytest.mark.slow

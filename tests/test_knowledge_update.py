@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,31 @@ def test_an_edit_does_not_touch_the_model(pico: Model) -> None:
     before = snapshot(pico)
     assert edit(pico, A, ANCHOR, settings=QUICK).shifts
     assert_unchanged(pico, before)
+
+
+@pytest.mark.parametrize("name", ["least_drift", "ultraedit", "rome", "finetune"])
+def test_an_edit_by_itself_runs_the_encoder_only_where_it_is_on_the_device(
+    pico: Model, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In tiers that keep it in host memory it is nowhere else unless it is asked for; transfer edits so."""
+    there: list[str] = []
+    outside: list[bool] = []
+
+    @contextmanager
+    def resident(self: Model, *names: str, training: bool = False) -> Iterator[None]:
+        there.extend(names)
+        try:
+            yield
+        finally:
+            del there[len(there) - len(names) :]
+
+    monkeypatch.setattr(Model, "resident", resident)
+    hook = pico.language_model.register_forward_pre_hook(lambda *_: outside.append("text_encoder" not in there))
+    try:
+        edit(pico, A, ANCHOR, settings=replace(QUICK, editor=name, steps=1))
+    finally:
+        hook.remove()
+    assert outside and not any(outside) and not there
 
 
 def test_an_edit_that_breaks_off_does_not_either(pico: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,6 +316,16 @@ def test_a_pack_names_every_learning_rate_that_it_was_learned_at(
     assert "learning_rates" not in plain.settings and not equal(pack.lora(), plain.lora())
 
 
+def test_a_checkpoint_that_names_no_learning_rate_is_gone_on_from(
+    pico: Model, images: list[Image.Image], plain: ConceptPack, tmp_path: Path
+) -> None:
+    """One from before packs named them all."""
+    broken_off(pico, images, output := tmp_path / "a.pack")
+    kept = torch.load(checkpoint(output), weights_only=True)
+    torch.save({key: value for key, value in kept.items() if key != "rates"}, checkpoint(output))
+    assert equal(learn(pico, images, ANCHOR, output, settings=QUICK, resume=True).lora(), plain.lora())
+
+
 def test_a_pack_that_is_there_is_replaced_only_if_it_is_said(
     pico: Model, images: list[Image.Image], pico_pack: PackFactory, tmp_path: Path
 ) -> None:

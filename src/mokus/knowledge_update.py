@@ -266,10 +266,11 @@ def edit(
     began = time.perf_counter()
     settings = settings or EditSettings.for_editor(model.defaults)
     wanted = request(knowledge, answer, asked)
-    made = made or editor(settings.editor)(model, settings)
     before = {path: shift.to(model.device) for path, shift in (before or {}).items()}  # where the editor's own are
-    shifts, steps = made.edit(wanted, before)
-    read_back, alignment = _checked(model, wanted, added(before, shifts))
+    with model.resident("text_encoder"):
+        made = made or editor(settings.editor)(model, settings)
+        shifts, steps = made.edit(wanted, before)
+        read_back, alignment = _checked(model, wanted, added(before, shifts))
     reason = _fault(read_back, answer, alignment, settings)
     shifts = {path: shift.to("cpu") for path, shift in shifts.items()}
     seconds = time.perf_counter() - began

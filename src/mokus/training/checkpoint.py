@@ -16,7 +16,7 @@ from PIL import Image
 from mokus import files
 from mokus.errors import MokusError
 
-PARTS = {"identity", "step", "lora", "optimiser", "rates", "previews"}
+PARTS = {"identity", "step", "lora", "optimiser", "previews"}
 # what torch raises for a file that it did not write
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError)
 
@@ -37,7 +37,7 @@ def write(file: Path, identity: str, step: int, state: Mapping[str, Any], previe
 
 
 def read(file: Path, identity: str) -> dict[str, Any]:
-    """Its `identity`, `step`, `lora`, `optimiser`, `rates` of learning and `previews`, the latter as images.
+    """Its `identity`, `step`, `lora`, `optimiser`, and `previews` as images; `rates` of learning, which older ones lack.
 
     Raises `MokusError` if there is none, or it is damaged or of another run.
     """

@@ -16,13 +16,14 @@ from pathlib import Path
 from PIL import Image
 
 from mokus.bench.knowcusbench.recipe import Recipe
+from mokus.editors import editor
 from mokus.errors import MokusError
 from mokus.files import copy
 from mokus.knowledge_update import bind
 from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model
 from mokus.progress import Progress
-from mokus.settings import LearnSettings
+from mokus.settings import EditSettings, LearnSettings
 from mokus.training.checkpoint import checkpoint_of
 from mokus.visual_concept import learn
 
@@ -34,6 +35,7 @@ class Made:
     seconds: float | None  # of this stage alone; null where a stop came in between
     knowledge: int  # pieces that were to be bound
     taken: int  # ... that have taken
+    editing: float | None = None  # of the seconds those of the edits themselves; null of looks, and in older folders
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,30 @@ class Shelf:
             shutil.rmtree(making / "pack")
         copy(self.folder / start / "pack", making / "pack")
         pack = ConceptPack.open(making / "pack")
+        self._gather(settings := recipe.edit or EditSettings.for_editor(self.model.defaults))
         began = time.perf_counter()
         edits = bind(
             self.model,
             pack,
             *recipe.knowledge[n:],
-            settings=recipe.edit,
+            settings=settings,
             keep_all=recipe.keep_all,
             progress=self.progress,
         )
-        before = self.find(start)
-        seconds, taken = time.perf_counter() - began, sum(edit.taken for edit in edits)
-        if n and before:
-            seconds, taken = (before[1].seconds or 0.0) + seconds, before[1].taken + taken
-        return self._finish(key, Made(seconds, len(recipe.knowledge), taken))
+        seconds, taken, editing = (
+            time.perf_counter() - began,
+            sum(e.taken for e in edits),
+            sum(e.seconds for e in edits),
+        )
+        if n and (before := self.find(start)):
+            earlier = before[1].seconds if before[1].editing is None else before[1].editing
+            seconds, taken, editing = seconds + (earlier or 0.0), taken + before[1].taken, editing + (earlier or 0.0)
+        return self._finish(key, Made(seconds, len(recipe.knowledge), taken, editing))
+
+    def _gather(self, settings: EditSettings) -> None:
+        """The statistics that an editor goes by, once per model, which takes no part in the seconds of one concept."""
+        with self.model.resident("text_encoder"):
+            editor(settings.editor)(self.model, settings, self.progress)
 
     def _whole(self, key: str, recipe: Recipe) -> bool:
         found = self.find(key)
