@@ -790,6 +790,20 @@ def test_other_photos_or_texts_score_anew(run: Path, suite: Suite, roots: dict[s
     assert {each.concept for each in metric.seen} == {"mug"} and len(metric.seen) == 8 and len(scores["rows"]) == 16
 
 
+def test_an_image_that_was_drawn_again_otherwise_is_scored_again(
+    run: Path, suite: Suite, roots: dict[str, Path]
+) -> None:
+    """As by edits that were made anew: under the same key, and no other image is."""
+    before = {(row["key"], row["prompt"]): row["clip_i"] for row in score(run, suite, [Brightness()], roots)["rows"]}
+    key, _ = next(iter(before))
+    with Image.open(image_file(run, key)) as drawn:
+        drawn.point(lambda v: 255 - v // 2).save(image_file(run, key))
+    metric = Brightness()
+    after = {(row["key"], row["prompt"]): row["clip_i"] for row in score(run, suite, [metric], roots)["rows"]}
+    assert {each for each in before if after[each] != before[each]} == {each for each in before if each[0] == key}
+    assert len(metric.seen) == sum(each[0] == key for each in before)
+
+
 def test_photos_of_what_was_not_drawn_are_not_needed(run: Path, suite: Suite) -> None:
     with pytest.raises(MokusError, match=r"images of mug .* no folder of mine was named; .* --photos mine=DIR\."):
         score(run, suite, [Brightness()])

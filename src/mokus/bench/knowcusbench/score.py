@@ -2,7 +2,7 @@
 
 One row for each image, prompt and concept, whatever methods share it, with `seen`: a hash of all that metrics see. A column
 that is there is not computed again unless the metric's `about`, that is a model or a library, is another one now, or the
-suite's texts or the photos are. What is None was measured, and missed.
+image itself, the suite's texts or the photos are. What is None was measured, and missed.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ class _Scores:
         photos = _References({concept.name: concept for concept in suite.concepts}, roots, plan["photos"])
         rows: dict[str, _Row] = {}
         for item in plan["items"]:
-            if not image_file(folder, item["key"]).is_file():
+            file = image_file(folder, item["key"])
+            if not file.is_file():
                 self._miss(item, "not drawn")
                 continue
             if fault := photos.fault(item["concept"]):
@@ -142,7 +143,7 @@ class _Scores:
             self._items.setdefault(item["key"], []).append(item)
             concept, shown = photos[item["concept"]]
             asked = [item[name] for name in ("key", "prompt", "class_prompt", "concept", "expected")]
-            seen = digest(asked, concept.class_word, shown.sha256)[:16]
+            seen = digest(asked, concept.class_word, shown.sha256, _contents(file))[:16]
             rows[seen] = _Row(item, concept, shown, seen, _values(known.get(seen, {})))
         # rows of one image beside each other, so that it is embedded once
         order = {key: place for place, key in enumerate(self._items)}
@@ -194,6 +195,14 @@ class _Scores:
 
     def _miss(self, item: dict[str, Any], reason: str) -> None:
         self.missing.append({**{name: item[name] for name in ("method", "concept", "key")}, "reason": reason})
+
+
+def _contents(file: Path) -> str:
+    """sha256 of an image; empty if it cannot be read, which is said when it is opened."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 class _References:
