@@ -34,7 +34,7 @@ from mokus.editors.least_drift import _basis
 from mokus.editors.rewrite import rewritten
 from mokus.editors.ultraedit import Normaliser, dual
 from mokus.editors.watch import KEPT_FORMS
-from mokus.encoder import CONTINUED, Rows, answers, distance, inputs_of, tails
+from mokus.encoder import Rows, distance, inputs_of, tails
 from mokus.errors import MokusError
 from mokus.goal import Goal, Losses, Request
 from mokus.knowledge import questions
@@ -595,47 +595,6 @@ def test_all_that_shall_stay_counts_as_elsewhere(pico: Model, rests: list[Tensor
     earlier = [f"a photo of {OTHER.knowledge}", f"two friends and {OTHER.knowledge} in a park"]
     assert holds(after - before, earlier, least_drift.EARLIER_WEIGHT, OTHER.answer)
     assert not holds(before, earlier, answer=OTHER.answer)
-
-
-def test_prompts_that_are_answered_as_the_knowledge_counts_are_spared_the_most(
-    pico: Model, rests: list[Tensor]
-) -> None:
-    """At their tails and what is said behind: those of the corpus to which the unedited encoder says the same, or goes on
-    after it; not others, not those that tell of what is or was edited, and none if it says nothing."""
-    one = made("least_drift", pico, layers=[1])
-    path, was = one.paths[0], answers(pico, REQUEST.questions[:1], longest=CONTINUED)[0]
-    alike = {"a lamp": was, "a lamp in the snow": f"{was}, snow", "my own chair": f"{was} with legs"}
-    others = {"a ring": "ring", "a box": f"{was}es", "it": "", f"{REQUEST.knowledge} by the sea": was}
-    one.remember(OTHER, {}, {})
-    one.said = {**alike, **others, f"a photo of {OTHER.knowledge}": was}
-    x = inputs_of(pico, list(alike), [path], said=CONTINUED).behind[path].double()
-    wanted = least_drift.ALIKE_WEIGHT * x.T @ x
-    assert was and close(one._alike(REQUEST)[path], wanted, 1e-5)
-    without = one.said
-    for said in (without, {}):
-        one.said = said
-        one._bases(Goal(pico, REQUEST), REQUEST, {})
-    assert close(rests[-2] - rests[-1], wanted, 1e-4)
-    silent = replace(REQUEST, questions=("what is said to this is nothing",))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(least_drift, "answers", lambda *_, **__: [""])
-        one.said = without
-        assert not one._alike(silent)[path].any()
-
-
-def test_of_many_prompts_that_are_answered_alike_a_few_count(pico: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Always the same ones of one knowledge, others of another."""
-    one = made("least_drift", pico, layers=[1])
-    was = answers(pico, REQUEST.questions[:1], longest=CONTINUED)[0]
-    one.said = {f"thing number {i}": was for i in range(100)}
-    taken: list[list[str]] = []
-    counted = least_drift.inputs_of
-    monkeypatch.setattr(
-        least_drift, "inputs_of", lambda m, texts, *a, **k: taken.append(texts) or counted(m, texts, *a, **k)
-    )
-    for request in (REQUEST, REQUEST, replace(REQUEST, knowledge="another thing")):
-        one._alike(request)
-    assert taken[0] == taken[1] != taken[2] and [len(set(texts)) for texts in taken] == [least_drift.ALIKE] * 3
 
 
 def test_an_earlier_edit_is_protected_as_it_is_with_its_shifts_in_place(pico: Model) -> None:

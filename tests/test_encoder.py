@@ -177,8 +177,6 @@ def test_inputs_go_on_with_what_the_encoder_says(pico: Model, longest: int) -> N
                 assert torch.allclose(found.behind[path], wanted, rtol=1e-4, atol=1e-4)
                 grams[path] = grams[path] + wanted.T @ wanted if len(grams[path]) else wanted.T @ wanted
         together = inputs_of(pico, TEXTS, PATHS, said=longest)
-        said = dict(zip(TEXTS, encoder.answers(pico, TEXTS, longest=longest), strict=True))
-        assert together.words == said and any(said.values())
     for path in PATHS:
         x = together.behind[path]
         assert torch.allclose(x.T @ x, grams[path], rtol=1e-3, atol=1e-2)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from mokus.settings import EditSettings
 
 
-FORMAT = "4"
+FORMAT = "3"
 MEMORY = 8 << 30  # bytes of matrices in one pass
 SAVE_EVERY = 20.0  # seconds
 CLASS_WORDS = ["toy", "dog", "robot", "house", "shoe", "lamp", "bird", "vase", "book", "bag"]
@@ -63,20 +63,15 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Moments:
-    """Of what enters one module, or several: gram = sum of x x^T (d_in, d_in), float64, over so many rows x.
-
-    behind: the same over the tails of whole prompts and what the encoder says to them; said: what that is, by prompt.
-    """
+    """Of what enters one module, or several: gram = sum of x x^T (d_in, d_in), float64, over so many rows x; behind: the same
+    over the tails of whole prompts and what the encoder says to them."""
 
     gram: Tensor
     behind: Tensor
     rows: int
-    said: dict[str, str]
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.gram + other.gram, self.behind + other.behind, self.rows + other.rows, {**self.said, **other.said}
-        )
+        return Moments(self.gram + other.gram, self.behind + other.behind, self.rows + other.rows)
 
 
 def corpus_of(model: Model, settings: EditSettings) -> Corpus:
@@ -201,13 +196,12 @@ def _chunks(model: Model, corpus: Corpus) -> list[tuple[list[str], bool]]:
 def _moments(model: Model, chunks: list[tuple[list[str], bool]], i: int, paths: list[str]) -> dict[str, Moments]:
     """Of the i-th chunk; after the last one, of the template's prefix, which every prompt shares."""
     if i == len(chunks):
-        return {path: Moments(_gram(x), _gram(x[:0]), len(x), {}) for path, x in inputs_at_prefix(model, paths).items()}
+        return {path: Moments(_gram(x), _gram(x[:0]), len(x)) for path, x in inputs_at_prefix(model, paths).items()}
 
     texts, tail = chunks[i]
     found = inputs_of(model, texts, paths, said=0 if tail else CONTINUED)
     rows, behind = (found.tail, found.said) if tail else (found.whole, found.behind)
-    words = {} if tail else found.words
-    return {path: Moments(_gram(x), _gram(behind[path]), len(x), words) for path, x in rows.items()}
+    return {path: Moments(_gram(x), _gram(behind[path]), len(x)) for path, x in rows.items()}
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -217,7 +211,7 @@ def _gram(x: Tensor) -> Tensor:
 def _nothing(model: Model, path: str) -> Moments:
     width = model.pipe.text_encoder.get_submodule(path).in_features
     nothing = torch.zeros(width, width, dtype=torch.float64, device=model.device)
-    return Moments(nothing, nothing, 0, {})
+    return Moments(nothing, nothing, 0)
 
 
 # --- the cache ---------------------------------------------------------
@@ -237,15 +231,14 @@ def _read(file: Path, about: dict[str, str], device: torch.device) -> tuple[Mome
         return None
     try:
         with safe_open(file, "pt") as opened:
-            noted, both = opened.metadata() or {}, [opened.get_tensor("gram"), opened.get_tensor("behind")]
+            said, both = opened.metadata() or {}, [opened.get_tensor("gram"), opened.get_tensor("behind")]
         whole = (
-            noted.get("sha256") == _sha256(*both, *map(noted.get, ("rows", "chunks", "said")))
-            and {k: noted.get(k) for k in about} == about
+            said.get("sha256") == _sha256(*both, said.get("rows"), said.get("chunks"))
+            and {k: said.get(k) for k in about} == about
         )
         if whole and all(x.ndim == 2 and x.shape[0] == x.shape[1] and bool(x.isfinite().all()) for x in both):
-            counted, of = map(int, noted["chunks"].split("/"))
-            found = Moments(both[0].to(device), both[1].to(device), int(noted["rows"]), json.loads(noted["said"]))
-            return found, counted, of
+            counted, of = map(int, said["chunks"].split("/"))
+            return Moments(both[0].to(device), both[1].to(device), int(said["rows"])), counted, of
         why = "is of another model or corpus, or damaged"
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         why = f"cannot be read ({error})"
@@ -255,20 +248,20 @@ def _read(file: Path, about: dict[str, str], device: torch.device) -> tuple[Mome
 
 def _write(file: Path, value: Moments, counted: int, of: int, about: dict[str, str]) -> None:
     gram, behind = value.gram.cpu().contiguous(), value.behind.cpu().contiguous()
-    rows, chunks, said = str(value.rows), f"{counted}/{of}", json.dumps(value.said)
-    noted = {**about, "rows": rows, "chunks": chunks, "said": said, "sha256": _sha256(gram, behind, rows, chunks, said)}
+    rows, chunks = str(value.rows), f"{counted}/{of}"
+    said = {**about, "rows": rows, "chunks": chunks, "sha256": _sha256(gram, behind, rows, chunks)}
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with _usable(file.parent):
         try:
-            beside.write_bytes(save({"gram": gram, "behind": behind}, noted))
+            beside.write_bytes(save({"gram": gram, "behind": behind}, said))
             os.replace(beside, file)
         finally:
             beside.unlink(missing_ok=True)
 
 
-def _sha256(gram: Tensor, behind: Tensor, *noted: str | None) -> str:
+def _sha256(gram: Tensor, behind: Tensor, *counts: str | None) -> str:
     digest = hashlib.sha256()
     for tensor in (gram, behind):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    digest.update("/".join(map(str, noted)).encode())
+    digest.update("/".join(map(str, counts)).encode())
     return digest.hexdigest()

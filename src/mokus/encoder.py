@@ -355,15 +355,11 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What enters modules, (m, d_in) by module path: at tokens of prompts, at the template's tail, at what the encoder says.
-
-    `words`: what it says to each prompt, as far as it was followed.
-    """
+    """What enters modules, (m, d_in) by module path: at tokens of prompts, at the template's tail, at what the encoder says."""
 
     prompt: dict[str, Tensor]
     tail: dict[str, Tensor]
     said: dict[str, Tensor]
-    words: dict[str, str]
 
     @property
     def whole(self) -> dict[str, Tensor]:
@@ -386,20 +382,16 @@ def inputs_of(model: Model, texts: Sequence[str], paths: Sequence[str], said: in
     encoder, n = model.pipe.text_encoder, tail_length(model)
     nothing = {path: torch.zeros(0, encoder.get_submodule(path).in_features, device=model.device) for path in paths}
     prompt, tail, said_rows = [nothing], [nothing], [nothing]
-    words: dict[str, str] = {}
     for equal in of_equal_length(model, texts):
-        tokens: list[list[int]] = [[] for _ in equal]
         with recorded(encoder, paths) as record:
-            for i, (going, ids) in enumerate(_saying(model, equal, said)):
+            for i, (_, ids) in enumerate(_saying(model, equal, said)):
                 at_end = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - n).expand_as(ids)
                 if i:
                     said_rows.append(record.rows(at_end))
-                    _heard(tokens, going, ids)
                 else:
                     prompt.append(record.rows(~at_end))
                     tail.append(record.rows(at_end))
-        words |= _spelled(model, equal, tokens)
-    return Inputs(_joined(*prompt), _joined(*tail), _joined(*said_rows), words)
+    return Inputs(_joined(*prompt), _joined(*tail), _joined(*said_rows))
 
 
 @torch.no_grad()
@@ -427,20 +419,11 @@ def answers(
         for equal in of_equal_length(model, list(dict.fromkeys(texts))):
             tokens: list[list[int]] = [[] for _ in equal]
             for going, ids in islice(_saying(model, equal, longest), 1, None):  # not the prompts
-                _heard(tokens, going, ids)
-            said |= _spelled(model, equal, tokens)
+                for row, token in zip(going, ids[:, 0].tolist(), strict=True):
+                    tokens[row].append(token)
+            decoded = (str(model.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in tokens)
+            said |= zip(equal, decoded, strict=True)
     return [said[text] for text in texts]
-
-
-def _heard(tokens: list[list[int]], going: Sequence[int], ids: Tensor) -> None:
-    """One more token (rows, 1) of what is said to each text that goes on."""
-    for row, token in zip(going, ids[:, 0].tolist(), strict=True):
-        tokens[row].append(token)
-
-
-def _spelled(model: Model, texts: Sequence[str], tokens: Sequence[Sequence[int]]) -> dict[str, str]:
-    decoded = (str(model.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in tokens)
-    return dict(zip(texts, decoded, strict=True))
 
 
 def of_equal_length(model: Model, texts: Sequence[str]) -> Iterator[list[str]]:

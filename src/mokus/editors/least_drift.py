@@ -22,16 +22,12 @@ An edit acts at the template's tail and at the answer behind it, so that is wher
 to the corpus, and the answers of earlier edits, without which their second words are lost first (docs/log.md). There, too,
 an edit has to hold for ways to say it that it was not made with: the more forms span H, the less C takes of what they share.
 
-What an edit takes along is what had the same answer, since in deeper layers keys tell of the answer (docs/log.md). So prompts of
-the corpus to which the unedited encoder says what it says to the knowledge count more than the rest of the corpus, too.
-
 Linear rows are not all. What else shall stay is watched as it comes out of the encoder (`watch`): twice in between, those few
 prompts that are furthest from where they belong join the loss, as far as they are further than `FREE`.
 """
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import cycle
@@ -43,18 +39,7 @@ from torch import Tensor
 
 from mokus.covariance import Moments, corpus_of, moments
 from mokus.editors.watch import KEPT_FORMS, Watch, Watched
-from mokus.encoder import (
-    CONTINUED,
-    Entering,
-    EnteringTails,
-    Rows,
-    answers,
-    distance,
-    entrance,
-    inputs_of,
-    last_of,
-    module_paths,
-)  # fmt: skip
+from mokus.encoder import CONTINUED, Entering, EnteringTails, Rows, distance, entrance, inputs_of, last_of, module_paths
 from mokus.goal import Goal, Meaning, Request
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, class_word, near_misses, prompts, questions
 from mokus.low_rank import LowRankShift, Shifts, added, applied, collected
@@ -90,7 +75,6 @@ NEAR_FORMS = (*IMAGE_FORMS, *CHECK_FORMS, "What is {}?")
 BEHIND = 10.0  # how often the corpus's tails, and what is said behind them, count besides all of its tokens
 EARLIER_WEIGHT = 1000.0  # of the rows of earlier edits: one edit has a few dozen, the corpus tens of thousands
 FREE = 0.05  # what is watched may be away by this share of the way that the edit makes
-ALIKE, ALIKE_WEIGHT = 32, 30.0  # prompts of the corpus that are answered as the knowledge is, and how often they count
 SURE = 0.05  # cross-entropy below which a token is as good as said
 SHARP = 20.0  # of the hinges
 NEGLIGIBLE = 1e-3  # directions of H C^-1/2 below this share of the strongest, and of the finished shift
@@ -122,7 +106,6 @@ class Editor:
         self.entered = list(entered)  # rows, and A, are those of all modules with the same input
         self.grams = {each: found.gram + BEHIND * found.behind for each, found in entered.items()}
         self.earlier = {path: torch.zeros_like(gram) for path, gram in self.grams.items()}
-        self.said = known[self.paths[0]].said
         self.watch = Watch(model, corpus.whole)
         self.of_class: dict[str, dict[str, Tensor]] = {}  # Gram matrices, by class word
         self._meaning = lru_cache(maxsize=16)(partial(Meaning.of, model))
@@ -158,8 +141,7 @@ class Editor:
         own = [*prompts(request.says), *prompts(request.says, CHECK_FORMS), *questions(request.answer)]
         near = inputs_of(self.model, [*own, *self._near_prompts(request)], self.entered).whole
         of_class = self._class_grams(class_word(request.answer))
-        alike = self._alike(request)
-        rest = {each: self.grams[each] + of_class[each] + _gram(near[each]) + alike[each] for each in self.entered}
+        rest = {each: self.grams[each] + of_class[each] + _gram(near[each]) for each in self.entered}
         shared = {
             each: _basis(h[each], rest[each] + EARLIER_WEIGHT * self.earlier[each]) * self.scale
             for each in self.entered
@@ -170,15 +152,6 @@ class Editor:
             made, a = before[path], bases[path].double()
             pulls[path] = (made.B.double() @ (made.A.double() @ rest[entrance(path)] @ a.T)).float() / self.scale**2
         return bases, pulls
-
-    def _alike(self, request: Request) -> dict[str, Tensor]:
-        """Gram matrices of those prompts of the corpus to which the unedited encoder says what it says to the knowledge."""
-        was = answers(self.model, request.questions[:1], longest=CONTINUED)[0]
-        edited = {*self.watch.names, *request.names}
-        texts = [text for text, said in self.said.items() if _begins(said, was) and not any(n in text for n in edited)]
-        some = random.Random(request.knowledge).sample(texts, min(ALIKE, len(texts)))
-        rows = inputs_of(self.model, some, self.entered, said=CONTINUED).behind
-        return {path: ALIKE_WEIGHT * _gram(x) for path, x in rows.items()}
 
     def _class_grams(self, word: str) -> dict[str, Tensor]:
         """Gram matrices of prompts about the class word, which is where a concept leaks to."""
@@ -275,11 +248,6 @@ class _Search:
 
 def _hinge(x: Tensor, sharp: float = SHARP) -> Tensor:
     return F.softplus(x * sharp) / sharp
-
-
-def _begins(said: str, was: str) -> bool:
-    """ "green star, forest" begins with "green star", "green starfish" does not; nothing begins with nothing."""
-    return bool(was) and f"{said},".startswith((f"{was},", f"{was} "))
 
 
 def _gram(x: Tensor) -> Tensor:
