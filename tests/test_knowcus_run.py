@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,27 @@ def test_one_failed_item_does_not_stop_the_rest(
     assert {each.reason for each in failed} == {"out of memory"}
     there = {f.stem for f in (tmp_path / "images").rglob("*.png")}
     assert there == set(plan.images()) - {each.key for each in failed}
+
+
+def test_nothing_of_a_failed_batch_is_held_when_each_is_drawn_alone(
+    model: Model, suite: Suite, album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After out-of-memory the batch's activations have to be gone, or its items fail as well."""
+    held, alive = [], []
+    real = run.draw
+
+    def draw(model: Model, jobs: Any, *rest: Any) -> Any:
+        if len(jobs) > 1:
+            activations = torch.zeros(1)
+            held.append(weakref.ref(activations))
+            raise RuntimeError("out of memory")
+        alive.append(any(each() is not None for each in held))
+        return real(model, jobs, *rest)
+
+    monkeypatch.setattr(run, "draw", draw)
+    plan = plan_of(model, suite, album, ("base",), (0,))
+    assert Runner(model, plan, tmp_path, batch_size=4).run() == []
+    assert held and len(alive) == len(plan.images()) and not any(alive)
 
 
 def test_concept_without_photos_fails_alone(model: Model, suite: Suite, album: Path, tmp_path: Path) -> None:

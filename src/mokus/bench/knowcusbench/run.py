@@ -143,14 +143,21 @@ class Runner:
             return
         with self.model.resident("transformer", "vae"), looks_loaded(self.model, [pack] if pack else []):
             for batch in batches:
+                failed = False
                 try:
                     self._draw_batch(batch)
-                except FAULTS:  # which of them it is, shows when each is drawn alone
-                    for item, encoding in zip(batch.items, batch.encodings, strict=True):
-                        try:
-                            self._draw_batch(_Batch([item], [encoding], batch.negative))
-                        except FAULTS as error:
-                            self._give_up([item], error)
+                except FAULTS:
+                    failed = True
+                if failed:  # only after the except block: in it, all that the failed call held in memory is still held
+                    self._draw_each(batch)
+
+    def _draw_each(self, batch: _Batch) -> None:
+        """Draw a batch's items alone, which shows which of them fails."""
+        for item, encoding in zip(batch.items, batch.encodings, strict=True):
+            try:
+                self._draw_batch(_Batch([item], [encoding], batch.negative))
+            except FAULTS as error:
+                self._give_up([item], error)
 
     def _draw_batch(self, batch: _Batch) -> None:
         jobs = [(encoding, item.seed) for item, encoding in zip(batch.items, batch.encodings, strict=True)]

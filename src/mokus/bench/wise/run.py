@@ -280,15 +280,22 @@ class Runner:
             if self._there(chunk):
                 self._count(len(chunk))
                 continue
+            failed = False
             try:
                 self._draw_chunk(chunk, shifts)
-            except FAULTS:  # which of them it is, shows when each is drawn alone
-                for item in chunk:
-                    try:
-                        self._draw_chunk([item], shifts)
-                    except FAULTS as error:
-                        self.failed.append(Failed(item.prompt_id, item.when, _first_line(error), item.seed))
-                        self._count(1)
+            except FAULTS:
+                failed = True
+            if failed:  # only after the except block: in it, all that the failed call held in memory is still held
+                self._draw_each(chunk, shifts)
+
+    def _draw_each(self, chunk: list[Item], shifts: Shifts) -> None:
+        """Draw a chunk's items alone, which shows which of them fails."""
+        for item in chunk:
+            try:
+                self._draw_chunk([item], shifts)
+            except FAULTS as error:
+                self.failed.append(Failed(item.prompt_id, item.when, _first_line(error), item.seed))
+                self._count(1)
 
     def _draw_chunk(self, items: list[Item], shifts: Shifts) -> None:
         settings = self.plan.settings
