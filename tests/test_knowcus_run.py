@@ -37,6 +37,7 @@ from mokus.errors import MokusError
 from mokus.generation import packs_loaded
 from mokus.pipeline import Model
 from mokus.settings import EditSettings
+from mokus.training.processes import Processes
 
 from .test_cli import DEFAULTS
 
@@ -441,6 +442,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, album: 
 RUN = "bench knowcus run --suite suite.yaml --photos album=album --seeds 0-1 --batch-size 4 --methods"
 
 
+ABLATE = "bench knowcus ablate --sweep eta --suite suite.yaml --photos album=album --seeds 0"
+
+
 def command(text: str) -> Result:
     return CliRunner().invoke(app, text.split())
 
@@ -503,7 +507,7 @@ def test_a_concept_without_photos_leaves_the_others_scored(place: Path) -> None:
     scores = json.loads((place / "out/scores.json").read_text())
     assert {row["concept"] for row in scores["rows"]} == {"duck"}
     assert "cannot be read" in next(row["reason"] for row in scores["missing"] if row["method"] == "base")
-    swept = command(f"bench knowcus ablate --sweep eta --suite suite.yaml --seeds 0 -o swept {measured}")
+    swept = command(f"{ABLATE} -o swept {measured}")
     assert swept.exit_code == 1 and (place / "swept/ablation.json").is_file()
 
 
@@ -522,8 +526,7 @@ def test_check_says_what_there_is(place: Path) -> None:
 def test_a_sweep_is_drawn_scored_and_reported(place: Path) -> None:
     clip = Path(pipeline.__file__).parent / "miniature/weights/clip"
     measured = f"--clip {clip} --without clip_i_seg,dino,pick"
-    ablate = f"bench knowcus ablate --sweep eta --suite suite.yaml --photos album=album --seeds 0 -o out {measured}"
-    found = command(f"{ablate} --json")
+    found = command(f"{ABLATE} -o out {measured} --json")
     assert found.exit_code == 0, found.output
     (sweep,) = json.loads(found.stdout)["sweeps"]
     assert sweep["name"] == "eta" and len({row["value"] for row in sweep["rows"]}) == 5
@@ -658,6 +661,44 @@ def test_two_processes_make_the_same_files_as_one(place: Path) -> None:
     assert contents(place / "one") == contents(place / "two")
     items = [json.loads((place / name / "plan.json").read_text())["items"] for name in ("one", "two")]
     assert items[0] == items[1]
+
+
+@pytest.mark.parametrize(("index", "code"), [(0, 1), (1, 0)])
+def test_only_the_first_process_tells_of_a_failure(
+    place: Path, monkeypatch: pytest.MonkeyPatch, index: int, code: int
+) -> None:
+    for name in ("robot", "duck"):  # one for each process
+        (place / "album" / name / "0.png").write_bytes(b"no image")
+    monkeypatch.setattr(Processes, "of_environment", lambda: Processes(index, 2, "cpu"))
+    for arguments in (f"{RUN} anchor", f"{ABLATE} --without clip,clip_i_seg,dino,pick"):
+        found = command(f"{arguments} -o out")
+        assert (found.exit_code, "failed: " in found.stderr) == (code, index == 0), found.output
+    assert (place / "out/ablation.json").is_file() == (index == 0)
+
+
+# of the first process, what it does when all is drawn takes longer than the launcher needs to end it
+SLOWLY = """
+import time
+from mokus.bench.knowcusbench import run
+from mokus.cli import main
+
+write = run.write_training
+run.write_training = lambda *given: (time.sleep(3), write(*given))
+main()
+"""
+
+
+@pytest.mark.slow
+def test_the_first_of_two_processes_has_written_all_before_the_launcher_ends(place: Path) -> None:
+    shutil.rmtree(place / "album" / "duck")
+    (place / "slowly.py").write_text(SLOWLY)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    arguments = [*launch, "slowly.py", *f"{RUN} base,anchor -o out".split()]
+    done = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert {each["concept"] for each in json.loads((place / "out/failed.json").read_text())} == {"duck"}
+    assert json.loads((place / "out/training.json").read_text())["rows"]
 
 
 @pytest.mark.slow

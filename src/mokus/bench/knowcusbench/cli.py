@@ -246,7 +246,8 @@ def _run(
 ) -> list[Failed] | None:  # fmt: skip
     """Plan, say so, and draw. Returns what failed, or None if another process goes on.
 
-    `last`: nothing comes after it, so what was drawn is said, and if something failed it ends with exit code 1.
+    `last`: nothing comes after it, so what was drawn is said, and if something failed it ends with exit code 1: in the first
+    process alone, for the launcher ends all others as soon as one fails, and the first has files to write.
     """
     from mokus.bench.knowcusbench import run as runner
     from mokus.bench.knowcusbench.manifest import load_suite
@@ -284,11 +285,12 @@ def _run(
         if several.first:
             runner.write_training(plan, work.shelf, output)
             runner.write_failed(plan, failed, output)
-    if several.first:
-        _finish(output, plan.images(), failed, as_json, last)
-    if failed and (last or not several.first):
+    if not several.first:
+        return None
+    _finish(output, plan.images(), failed, as_json, last)
+    if failed and last:
         raise typer.Exit(1)
-    return failed if several.first else None
+    return failed
 
 
 def plan_lines(suite: Suite, items: list[Any], expected: Estimate, processes: int) -> list[str]:
