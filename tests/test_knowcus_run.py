@@ -624,6 +624,21 @@ def test_folder_of_another_run_is_refused(place: Path) -> None:
     assert found.exit_code == 2 and "another settings" in found.stderr
 
 
+def test_a_run_of_other_versions_is_not_gone_on_with_but_reported(place: Path) -> None:
+    """Images of both would stand under the versions of the newer."""
+    assert command(f"{RUN} base -o out").exit_code == 0
+    plan = json.loads((place / "out/plan.json").read_text())
+    newer = plan["versions"]["torch"]
+    plan["versions"]["torch"] = "1.0"
+    (place / "out/plan.json").write_text(json.dumps(plan))
+    found = command(f"{RUN} base,anchor -o out")
+    assert found.exit_code == 2
+    assert f"out holds a run with another torch (1.0, now {newer}); name another folder with -o." in found.stderr
+    assert json.loads((place / "out/plan.json").read_text()) == plan
+    found = command("bench knowcus report out --photos album=album --without clip,clip_i_seg,dino,pick")
+    assert found.exit_code == 0 and "torch 1.0" in (place / "out/report.md").read_text(), found.output
+
+
 def test_two_runs_at_once_are_refused(place: Path) -> None:
     with alone(place / "out"):
         found = command(f"{RUN} base -o out")

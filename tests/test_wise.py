@@ -813,6 +813,19 @@ def test_a_folder_is_for_one_suite_and_model(tmp_path: Path, model: Model) -> No
         read_plan(tmp_path / "elsewhere")
 
 
+def test_a_run_of_other_versions_is_not_gone_on_with(
+    tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned(model, tmp_path)
+    plan = read_plan(tmp_path)
+    monkeypatch.setattr(run, "versions", lambda: {**plan["versions"], "torch": "1.0", "peft": "2.0"})
+    both = ["torch ({torch}, now 1.0)", "peft ({peft}, now 2.0)"]
+    said = f"holds a run with another {' and '.join(both)}; name another folder with -o.".format(**plan["versions"])
+    with pytest.raises(MokusError, match=re.escape(said)):
+        planned(model, tmp_path)
+    assert read_plan(tmp_path) == plan
+
+
 NASTY = "<script>alert('x')</script> | `&` <img src=http://evil>"
 
 
