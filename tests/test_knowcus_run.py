@@ -534,7 +534,12 @@ def test_a_sweep_is_drawn_scored_and_reported(place: Path) -> None:
     report = command(f"bench knowcus report out --photos album=album {measured}")
     assert report.exit_code == 0, report.output
     assert "eta" in (place / "out/report.md").read_text() and (place / "out/report.html").is_file()
-    assert json.loads((place / "out/results.json").read_text())
+    assert json.loads((place / "out/results.json").read_text())["ablation"] == [sweep]
+    (place / "out/ablation.json").write_text(json.dumps({"sweeps": [{**sweep, "rows": [
+        {**row, "figures": {}, "interval": {}} for row in sweep["rows"]
+    ]}]}))  # fmt: skip
+    assert command(f"bench knowcus report out --photos album=album {measured}").exit_code == 0
+    assert json.loads((place / "out/results.json").read_text())["ablation"] == [sweep]  # of the scores, not of the file
 
 
 @pytest.mark.parametrize("arguments, sentence", [
