@@ -714,9 +714,10 @@ def test_the_first_of_two_processes_has_written_all_before_the_launcher_ends(pla
     (place / "slowly.py").write_text(SLOWLY)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0"]  # a free one
     arguments = [*launch, "slowly.py", *f"{RUN} base,anchor -o out".split()]
     done = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 1, done.stderr[-3000:]
+    assert done.returncode == 1 and (place / "out/failed.json").is_file(), done.stderr[-3000:]
     assert {each["concept"] for each in json.loads((place / "out/failed.json").read_text())} == {"duck"}
     assert json.loads((place / "out/training.json").read_text())["rows"]
 
