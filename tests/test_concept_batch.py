@@ -149,9 +149,11 @@ def test_only_the_first_process_tells_of_a_failure(
     """A launcher ends all processes as soon as one fails, and the first one still has to say what there is."""
     write(place, entry("cat") + entry("mouse"))  # one for each process, and neither has photos
     monkeypatch.setattr(Processes, "of_environment", lambda: Processes(index, 2))
+    left = []
+    monkeypatch.setattr(Processes, "leave", lambda self: left.append(self.index))
     result = CliRunner().invoke(app, ["learn", "--batch", "concepts.yaml", *QUICK])
     assert result.exit_code == code, result.output
-    assert ("cat.pack: failed" in result.stdout) == (index == 0)
+    assert ("cat.pack: failed" in result.stdout) == (index == 0) and left == [index]
 
 
 # --- what is wrong with a file ----------------------------------------------------------------------------------------

@@ -690,10 +690,15 @@ def test_only_the_first_process_tells_of_a_failure(
     for name in ("robot", "duck"):  # one for each process
         (place / "album" / name / "0.png").write_bytes(b"no image")
     monkeypatch.setattr(Processes, "of_environment", lambda: Processes(index, 2, "cpu"))
-    for arguments in (f"{RUN} anchor", f"{ABLATE} --without clip,clip_i_seg,dino,pick"):
+    left = []  # whether all was written when the process was ready to leave the others
+    for file, arguments in (
+        ("failed.json", f"{RUN} anchor"),
+        ("ablation.json", f"{ABLATE} --without clip,clip_i_seg,dino,pick"),
+    ):
+        monkeypatch.setattr(Processes, "leave", lambda self, file=file: left.append((place / "out" / file).is_file()))
         found = command(f"{arguments} -o out")
         assert (found.exit_code, "failed: " in found.stderr) == (code, index == 0), found.output
-    assert (place / "out/ablation.json").is_file() == (index == 0)
+    assert left == [index == 0] * 2
 
 
 # of the first process, what it does when all is drawn takes longer than the launcher needs to end it

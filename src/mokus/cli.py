@@ -373,15 +373,14 @@ def _learn_batch(file: Path, model: str | None, device: str | None, as_json: boo
 
     outcomes = learn_all(loaded, concepts, chosen, processes, bars, say=note)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    if not processes.first:
-        return  # with exit code 0, or the launcher would end the first process before it has said what there is
-    if as_json:
+    if processes.first and as_json:
         print_json([vars(outcome) for outcome in outcomes])
-    else:
+    elif processes.first:
         typer.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} concepts are there")
         for outcome in failed:
             typer.echo(told(outcome))
-    if failed:
+    processes.leave()
+    if failed and processes.first:
         raise typer.Exit(1)
 
 
