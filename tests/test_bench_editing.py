@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from mokus.bench.editing import cases, measure, run
 from mokus.cli import app
+from mokus.editors import rewrite
 from mokus.errors import MokusError
 from mokus.goal import Goal
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS
@@ -100,7 +101,40 @@ def test_figures_of_fewer_edits_asked_for_later_are_of_so_many(pico: Model, tmp_
 def test_a_folder_of_another_run_is_refused(pico: Model, tmp_path: Path) -> None:
     run.run(pico, tmp_path, ["rewrite"], [1], singles=1, images=False)
     with pytest.raises(MokusError, match="other settings"):
-        run.run(pico, tmp_path, ["rewrite"], [1], singles=2, images=False)
+        run.run(pico, tmp_path, ["rewrite"], [1], singles=1, images=True)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figure is measured: every row is of one edit that took."""
+    monkeypatch.setattr(measure.Measure, "row", lambda *given: ({"efficacy": 1.0}, {"efficacy": 1}))
+    monkeypatch.setattr(run, "_as_made", lambda measure, some, edited: {case.phrase: True for case in some})
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_means_of_other_numbers_of_single_edits_are_not_mixed(pico: Model, tmp_path: Path) -> None:
+    """Whichever editor they are of, and though only rows of more edits are asked for: all rows are in one table."""
+    run.run(pico, tmp_path, ["rewrite"], [1], singles=2, images=False)
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*.json")}
+    for names, counts in ((["rewrite"], [1]), (["finetune"], [1]), (["rewrite"], [2])):
+        with pytest.raises(
+            MokusError, match="the mean of 2, not of 3; give --singles 2, or name another folder with -o"
+        ):
+            run.run(pico, tmp_path, names, counts, singles=3, images=False)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.json")} == files
+    assert len(run.run(pico, tmp_path, ["rewrite"], [1, 2], singles=2, images=False)) == 3
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_edits_on_top_of_each_other_are_kept_whatever_the_number_of_single_ones(
+    pico: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    edit = rewrite.Editor.edit
+    monkeypatch.setattr(rewrite.Editor, "edit", lambda *given: made.append(given[1]) or edit(*given))  # type: ignore[func-returns-value]
+    for counts, singles in (([2], 1), ([2, 3], 5)):
+        run.run(pico, tmp_path, ["rewrite"], counts, singles=singles, images=False)
+    assert len(made) == 3
 
 
 def test_rows_of_two_models_are_not_mixed_in_one_folder(pico: Model, tmp_path: Path) -> None:

@@ -142,6 +142,20 @@ def test_processes_share_the_concepts(place: Path, pico: Model) -> None:
     assert sorted(map(len, shares)) == [1, 2, 2]
 
 
+@pytest.mark.parametrize(("index", "code"), [(0, 1), (1, 0)])
+def test_only_the_first_process_tells_of_a_failure(
+    place: Path, monkeypatch: pytest.MonkeyPatch, index: int, code: int
+) -> None:
+    """A launcher ends all processes as soon as one fails, and the first one still has to say what there is."""
+    write(place, entry("cat") + entry("mouse"))  # one for each process, and neither has photos
+    monkeypatch.setattr(Processes, "of_environment", lambda: Processes(index, 2))
+    left = []
+    monkeypatch.setattr(Processes, "leave", lambda self: left.append(self.index))
+    result = CliRunner().invoke(app, ["learn", "--batch", "concepts.yaml", *QUICK])
+    assert result.exit_code == code, result.output
+    assert ("cat.pack: failed" in result.stdout) == (index == 0) and left == [index]
+
+
 # --- what is wrong with a file ----------------------------------------------------------------------------------------
 
 BAD = {

@@ -255,6 +255,28 @@ def test_sweeps_are_no_methods(tmp_path: Path) -> None:
     assert swept["interval"]["generation clip_t"] == row["interval"]
 
 
+def test_a_sweep_is_of_the_scores_as_they_are(tmp_path: Path) -> None:
+    """Scored anew, or with more seeds, since ablation.json was written; one of another folder stays as it is there."""
+    folder = Folder(tmp_path, ["mokus@knowledge=1", "mokus@knowledge=5"], seeds=[0])
+    folder.write()
+    names = {"knowledge": (1, 5), "eta": (0.1, 0.3), "layers": ("1-2", "3")}
+    old = {"figures": {"generation clip_t": 0.99}, "interval": {"generation clip_t": [0.98, 1.0]}}
+    sweeps = [
+        {"name": name, "rows": [{"value": v, "label": str(v), **old} for v in values]} for name, values in names.items()
+    ]
+    folder.dump("ablation.json", {"sweeps": sweeps})
+    results, text, _ = written(tmp_path)
+    assert results["ablation"][1:] == sweeps[1:]
+    assert [row["value"] for row in results["ablation"][0]["rows"]] == [1, 5]
+    for row in results["ablation"][0]["rows"]:
+        samples = load_run(tmp_path).of(f"mokus@knowledge={row['value']}", "generation")
+        now = figures.figure(samples, "clip_t")
+        assert row["figures"]["generation clip_t"] == now["macro"] != 0.99
+        assert row["interval"]["generation clip_t"] == now["interval"]
+    section = text.partition("## Ablation: knowledge")[2].partition("## ")[0]
+    assert section and "0.990" not in section and text.count("0.990") == 4
+
+
 # --- claims -----------------------------------------------------------------------------------------------------------
 
 

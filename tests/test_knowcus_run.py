@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,7 @@ from mokus.generation import packs_loaded
 from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model
 from mokus.settings import EditSettings, LearnSettings
+from mokus.training.processes import Processes
 
 from .conftest import PackFactory
 from .test_cli import DEFAULTS
@@ -318,6 +320,27 @@ def test_one_failed_item_does_not_stop_the_rest(
     assert there == set(plan.images()) - {each.key for each in failed}
 
 
+def test_nothing_of_a_failed_batch_is_held_when_each_is_drawn_alone(
+    model: Model, suite: Suite, album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After out-of-memory the batch's activations have to be gone, or its items fail as well."""
+    held, alive = [], []
+    real = run.draw
+
+    def draw(model: Model, jobs: Any, *rest: Any) -> Any:
+        if len(jobs) > 1:
+            activations = torch.zeros(1)
+            held.append(weakref.ref(activations))
+            raise RuntimeError("out of memory")
+        alive.append(any(each() is not None for each in held))
+        return real(model, jobs, *rest)
+
+    monkeypatch.setattr(run, "draw", draw)
+    plan = plan_of(model, suite, album, ("base",), (0,))
+    assert Runner(model, plan, tmp_path, batch_size=4).run() == []
+    assert held and len(alive) == len(plan.images()) and not any(alive)
+
+
 def test_concept_without_photos_fails_alone(model: Model, suite: Suite, album: Path, tmp_path: Path) -> None:
     shutil.copytree(album, tmp_path / "album")
     shutil.rmtree(tmp_path / "album" / "duck")
@@ -449,6 +472,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, album: 
 RUN = "bench knowcus run --suite suite.yaml --photos album=album --seeds 0-1 --batch-size 4 --methods"
 
 
+ABLATE = "bench knowcus ablate --sweep eta --suite suite.yaml --photos album=album --seeds 0"
+
+
 def command(text: str) -> Result:
     return CliRunner().invoke(app, text.split())
 
@@ -511,7 +537,7 @@ def test_a_concept_without_photos_leaves_the_others_scored(place: Path) -> None:
     scores = json.loads((place / "out/scores.json").read_text())
     assert {row["concept"] for row in scores["rows"]} == {"duck"}
     assert "cannot be read" in next(row["reason"] for row in scores["missing"] if row["method"] == "base")
-    swept = command(f"bench knowcus ablate --sweep eta --suite suite.yaml --seeds 0 -o swept {measured}")
+    swept = command(f"{ABLATE} -o swept {measured}")
     assert swept.exit_code == 1 and (place / "swept/ablation.json").is_file()
 
 
@@ -530,8 +556,7 @@ def test_check_says_what_there_is(place: Path) -> None:
 def test_a_sweep_is_drawn_scored_and_reported(place: Path) -> None:
     clip = Path(pipeline.__file__).parent / "miniature/weights/clip"
     measured = f"--clip {clip} --without clip_i_seg,dino,pick"
-    ablate = f"bench knowcus ablate --sweep eta --suite suite.yaml --photos album=album --seeds 0 -o out {measured}"
-    found = command(f"{ablate} --json")
+    found = command(f"{ABLATE} -o out {measured} --json")
     assert found.exit_code == 0, found.output
     (sweep,) = json.loads(found.stdout)["sweeps"]
     assert sweep["name"] == "eta" and len({row["value"] for row in sweep["rows"]}) == 5
@@ -539,7 +564,12 @@ def test_a_sweep_is_drawn_scored_and_reported(place: Path) -> None:
     report = command(f"bench knowcus report out --photos album=album {measured}")
     assert report.exit_code == 0, report.output
     assert "eta" in (place / "out/report.md").read_text() and (place / "out/report.html").is_file()
-    assert json.loads((place / "out/results.json").read_text())
+    assert json.loads((place / "out/results.json").read_text())["ablation"] == [sweep]
+    (place / "out/ablation.json").write_text(json.dumps({"sweeps": [{**sweep, "rows": [
+        {**row, "figures": {}, "interval": {}} for row in sweep["rows"]
+    ]}]}))  # fmt: skip
+    assert command(f"bench knowcus report out --photos album=album {measured}").exit_code == 0
+    assert json.loads((place / "out/results.json").read_text())["ablation"] == [sweep]  # of the scores, not of the file
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -629,6 +659,21 @@ def test_folder_of_another_run_is_refused(place: Path) -> None:
     assert found.exit_code == 2 and "another settings" in found.stderr
 
 
+def test_a_run_of_other_versions_is_not_gone_on_with_but_reported(place: Path) -> None:
+    """Images of both would stand under the versions of the newer."""
+    assert command(f"{RUN} base -o out").exit_code == 0
+    plan = json.loads((place / "out/plan.json").read_text())
+    newer = plan["versions"]["torch"]
+    plan["versions"]["torch"] = "1.0"
+    (place / "out/plan.json").write_text(json.dumps(plan))
+    found = command(f"{RUN} base,anchor -o out")
+    assert found.exit_code == 2
+    assert f"out holds a run with another torch (1.0, now {newer}); name another folder with -o." in found.stderr
+    assert json.loads((place / "out/plan.json").read_text()) == plan
+    found = command("bench knowcus report out --photos album=album --without clip,clip_i_seg,dino,pick")
+    assert found.exit_code == 0 and "torch 1.0" in (place / "out/report.md").read_text(), found.output
+
+
 def test_two_runs_at_once_are_refused(place: Path) -> None:
     with alone(place / "out"):
         found = command(f"{RUN} base -o out")
@@ -666,6 +711,50 @@ def test_two_processes_make_the_same_files_as_one(place: Path) -> None:
     assert contents(place / "one") == contents(place / "two")
     items = [json.loads((place / name / "plan.json").read_text())["items"] for name in ("one", "two")]
     assert items[0] == items[1]
+
+
+@pytest.mark.parametrize(("index", "code"), [(0, 1), (1, 0)])
+def test_only_the_first_process_tells_of_a_failure(
+    place: Path, monkeypatch: pytest.MonkeyPatch, index: int, code: int
+) -> None:
+    for name in ("robot", "duck"):  # one for each process
+        (place / "album" / name / "0.png").write_bytes(b"no image")
+    monkeypatch.setattr(Processes, "of_environment", lambda: Processes(index, 2, "cpu"))
+    left = []  # whether all was written when the process was ready to leave the others
+    for file, arguments in (
+        ("failed.json", f"{RUN} anchor"),
+        ("ablation.json", f"{ABLATE} --without clip,clip_i_seg,dino,pick"),
+    ):
+        monkeypatch.setattr(Processes, "leave", lambda self, file=file: left.append((place / "out" / file).is_file()))
+        found = command(f"{arguments} -o out")
+        assert (found.exit_code, "failed: " in found.stderr) == (code, index == 0), found.output
+    assert left == [index == 0] * 2
+
+
+# of the first process, what it does when all is drawn takes longer than the launcher needs to end it
+SLOWLY = """
+import time
+from mokus.bench.knowcusbench import run
+from mokus.cli import main
+
+write = run.write_training
+run.write_training = lambda *given: (time.sleep(3), write(*given))
+main()
+"""
+
+
+@pytest.mark.slow
+def test_the_first_of_two_processes_has_written_all_before_the_launcher_ends(place: Path) -> None:
+    shutil.rmtree(place / "album" / "duck")
+    (place / "slowly.py").write_text(SLOWLY)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0"]  # a free one
+    arguments = [*launch, "slowly.py", *f"{RUN} base,anchor -o out".split()]
+    done = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1 and (place / "out/failed.json").is_file(), done.stderr[-3000:]
+    assert {each["concept"] for each in json.loads((place / "out/failed.json").read_text())} == {"duck"}
+    assert json.loads((place / "out/training.json").read_text())["rows"]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -782,12 +784,46 @@ def test_an_edit_or_a_prompt_that_fails_does_not_stop_the_rest_and_is_tried_agai
     assert old != new  # drawn anew, now with the edit
 
 
+def test_nothing_of_a_failed_batch_is_held_when_each_is_drawn_alone(
+    tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After out-of-memory the batch's activations have to be gone, or its images fail as well."""
+    held, alive = [], []
+    real = run.draw
+
+    def draw(m: Model, jobs: Any, *rest: Any) -> Any:
+        if len(jobs) > 1:
+            activations = torch.zeros(1)
+            held.append(weakref.ref(activations))
+            raise RuntimeError("out of memory")
+        alive.append(any(each() is not None for each in held))
+        return real(m, jobs, *rest)
+
+    monkeypatch.setattr(run, "draw", draw)
+    plan = planned(model, tmp_path, ROWS[:2])
+    assert Runner(model, plan, tmp_path, batch_size=2).run() == []
+    assert held and len(alive) == len(plan.items) and not any(alive)
+
+
 def test_a_folder_is_for_one_suite_and_model(tmp_path: Path, model: Model) -> None:
     planned(model, tmp_path)
     with pytest.raises(MokusError, match="another source_sha256"):
         planned(model, tmp_path, ROWS[:2])
     with pytest.raises(MokusError, match="holds no run"):
         read_plan(tmp_path / "elsewhere")
+
+
+def test_a_run_of_other_versions_is_not_gone_on_with(
+    tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned(model, tmp_path)
+    plan = read_plan(tmp_path)
+    monkeypatch.setattr(run, "versions", lambda: {**plan["versions"], "torch": "1.0", "peft": "2.0"})
+    both = ["torch ({torch}, now 1.0)", "peft ({peft}, now 2.0)"]
+    said = f"holds a run with another {' and '.join(both)}; name another folder with -o.".format(**plan["versions"])
+    with pytest.raises(MokusError, match=re.escape(said)):
+        planned(model, tmp_path)
+    assert read_plan(tmp_path) == plan
 
 
 NASTY = "<script>alert('x')</script> | `&` <img src=http://evil>"

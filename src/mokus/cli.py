@@ -379,7 +379,8 @@ def _learn_batch(file: Path, model: str | None, device: str | None, as_json: boo
         typer.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} concepts are there")
         for outcome in failed:
             typer.echo(told(outcome))
-    if failed:
+    processes.leave()
+    if failed and processes.first:
         raise typer.Exit(1)
 
 

@@ -1,9 +1,9 @@
-"""What benchmarks' folders share: one run at a time, and edits that are kept so that a stopped one goes on."""
+"""What benchmarks' folders share: one run at a time, of one kind, and edits that are kept so that a stopped one goes on."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,22 @@ def alone(folder: Path) -> Iterator[None]:
         except Timeout as error:
             raise MokusError(f"another run is at work in {folder}; wait for it, or choose another folder.") from error
         yield
+
+
+def check_same(folder: Path, old: dict[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `MokusError` with what differs, unless the run that a folder holds is of these fields and versions.
+
+    `old`: the folder's plan. `now`: the fields of a run that would go on there; of "versions", each that differs is named.
+    """
+    differing = [name for name in now if name != "versions" and old.get(name) != now[name]]
+    before, versions = old.get("versions"), now["versions"]
+    before = before if isinstance(before, dict) else {}
+    differing += [
+        f"{name} ({before.get(name, 'none')}, now {versions.get(name, 'none')})"
+        for name in {**before, **versions} if before.get(name) != versions.get(name)
+    ]  # fmt: skip
+    if differing:
+        raise MokusError(f"{folder} holds a run with another {' and '.join(differing)}; name another folder with -o.")
 
 
 def save_edits(file: Path, edits: Sequence[Shifts], setup: Any, **more: Any) -> None:

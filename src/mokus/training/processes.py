@@ -45,6 +45,15 @@ class Processes:
         if self.state:
             self.state.wait_for_everyone()
 
+    def leave(self) -> None:
+        """Wait until all have done their work, and part; what comes after it is the exit.
+
+        A launcher ends all processes as soon as one fails, and one that exits while it is connected to the others may abort.
+        """
+        if self.state:
+            self.wait()
+            self.state.destroy_process_group()
+
     def gathered(self, mine: list[T]) -> list[T]:
         """What all processes have, the same in each."""
         if not self.state:

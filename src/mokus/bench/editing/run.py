@@ -38,7 +38,7 @@ def run(
     """Measure the editors after so many edits; DIR/rows has what is done, and a run that was stopped goes on from there.
 
     One edit is measured `singles` times, each by itself. Raises `MokusError` for an unknown editor or a folder of a run
-    with other settings.
+    with other settings, or with rows of one edit that are the mean of another number of them.
     """
     for name in editors:
         editor(name)
@@ -54,19 +54,32 @@ def run(
             "versions": versions(),
         }
         files.kept(folder / "setup.json", of_all, dict)  # rows of two models shall not be mixed
-        rows = [_unedited(model, folder, measure, max(singles, *counts), singles)]
+        _check_singles(folder, singles)
+        rows = [_unedited(model, folder, measure, max(singles, *counts))]
         for name in editors:
             rows += _rows_of(model, folder, name, sorted(set(counts)), singles, measure)
         files.write_json(folder / "results.json", all_rows(folder), indent=1)
     return rows
 
 
-def setup(model: Model, name: str, singles: int, images: bool) -> Row:
-    """All that an editor's figures depend on but the code."""
+def _check_singles(folder: Path, singles: int) -> None:
+    """Raise `MokusError` if an editor's row of one edit is there that is the mean of another number; they share a table."""
+    for name in EDITORS:
+        row = files.read_json(folder / "rows" / f"{name}-1.json")
+        there = row["setup"].get("singles") if isinstance(row, dict) and isinstance(row.get("setup"), dict) else None
+        if there not in (None, singles):
+            raise MokusError(
+                f"{folder} holds figures of one edit that are the mean of {there}, not of {singles}; give --singles {there}, "
+                "or name another folder with -o."
+            )
+
+
+def setup(model: Model, name: str, images: bool) -> Row:
+    """All that an editor's figures depend on but the code, and of one edit the number of them."""
     settings = None if name == UNEDITED else asdict(EditSettings.for_editor(model.defaults, editor=name))
     return {
-        "model": model.id, "fingerprint": model.fingerprint, "editor": name, "singles": singles, "images": images,
-        "seed": SEED, "settings": settings, "versions": versions(),
+        "model": model.id, "fingerprint": model.fingerprint, "editor": name, "images": images, "seed": SEED,
+        "settings": settings, "versions": versions(),
     }  # fmt: skip
 
 
@@ -76,7 +89,7 @@ def _kept(folder: Path, about: Row, edits: int, made: Callable[[], Row]) -> Row:
     return files.kept(file, about, lambda: {"editor": about["editor"], "edits": edits, **made()})
 
 
-def _unedited(model: Model, folder: Path, measure: Measure, count: int, singles: int) -> Row:
+def _unedited(model: Model, folder: Path, measure: Measure, count: int) -> Row:
     """Before any edit, on as many facts as are edited at most."""
 
     def made() -> Row:
@@ -84,7 +97,7 @@ def _unedited(model: Model, folder: Path, measure: Measure, count: int, singles:
         row, n = measure.row(some, Edited(), _as_made(measure, some, Edited()))
         return {"editor": UNEDITED, "edits": 0, **row, "seconds_per_edit": 0.0, "bytes_per_edit": 0.0, "n": n}
 
-    about = setup(model, UNEDITED, singles, measure.images)
+    about = setup(model, UNEDITED, measure.images)
     return files.kept(folder / "rows" / f"{UNEDITED}-{count}.json", about, made)
 
 
@@ -94,10 +107,11 @@ def _as_made(measure: Measure, some: Sequence[Case], edited: Edited) -> dict[str
 
 
 def _rows_of(model: Model, folder: Path, name: str, counts: list[int], singles: int, measure: Measure) -> list[Row]:
-    about = setup(model, name, singles, measure.images)
+    about = setup(model, name, measure.images)
     rows = []
     if 1 in counts:
-        rows.append(_kept(folder, about, 1, lambda: _one_by_one(model, name, singles, measure)))
+        alone_each = {**about, "singles": singles}
+        rows.append(_kept(folder, alone_each, 1, lambda: _one_by_one(model, name, singles, measure)))
     sequence: _Sequence | None = None
     for count in [count for count in counts if count > 1]:
         if not (folder / "rows" / f"{name}-{count}.json").is_file():

@@ -25,7 +25,7 @@ values; beside it stands what it would be if every miss counted as 0.
     training       [{"method", "seconds", "interval", "learn", "bind", "concepts", "unknown", "knowledge", "taken"}]: means
                    over concepts, of all the knowledge of a concept; `unknown` is how many were stopped in between
     claims         see `claims`
-    ablation       the sweeps of ablation.json
+    ablation       the sweeps of ablation.json, of the scores as they are now; one that was made in another folder as it is there
     failed         as in failed.json, and what could not be scored
     cut_missed     {concept: photos of which no subject could be cut out}; CLIP-I-Seg leaves them out
 """
@@ -153,7 +153,7 @@ class Run:
     cut_missed: dict[
         str, int
     ]  # by concept, of how many photos no subject could be cut out; they are left out of CLIP-I-Seg
-    sweeps: list[Row]
+    recorded: list[Row]  # the sweeps of ablation.json, as they were when it was written
     absent: list[str]  # of its files
 
     @property
@@ -184,6 +184,11 @@ class Run:
     @cached_property
     def _measured(self) -> set[tuple[str, str]]:
         return {(each.kind, name) for each in self.samples for name in each.scores}
+
+    @cached_property
+    def sweeps(self) -> list[Row]:
+        """Those of ablation.json, of the scores as they are now; one whose images are not in the plan as it was recorded."""
+        return [_as_scored(self, sweep) for sweep in self.recorded]
 
     @property
     def fidelity(self) -> Column:
@@ -333,6 +338,15 @@ def swept(run: Run, method: str) -> Row:
     if trained := seconds(run, method, "learn", "bind"):
         figures[TRAINED], between[TRAINED] = macro(trained), interval(trained)
     return {"figures": figures, "interval": between}
+
+
+def _as_scored(run: Run, sweep: Row) -> Row:
+    """The sweep with figures of the scores as they are: since it was recorded, images may be added or scored by others."""
+    planned = {name.partition(MARK)[2]: name for name in run.plan["methods"] if MARK in name}
+    methods = [planned.get(f"{sweep['name']}={row['label']}") for row in sweep["rows"]]
+    if None in methods:  # made in another folder
+        return sweep
+    return {**sweep, "rows": [{**row, **swept(run, m)} for row, m in zip(sweep["rows"], methods, strict=True) if m]}
 
 
 def seconds(run: Run, method: str, *parts: str) -> dict[str, list[float]]:

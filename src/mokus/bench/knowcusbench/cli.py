@@ -188,6 +188,7 @@ def ablate(
     from mokus.bench.knowcusbench import ablate as sweeps
     from mokus.bench.knowcusbench.manifest import load_suite
     from mokus.pipeline import defaults_of
+    from mokus.training.processes import Processes
 
     names = parse_names(sweep)
     for name in names:
@@ -209,6 +210,7 @@ def ablate(
         print_json(read_json(output / "ablation.json"))
     else:
         typer.echo(f"{output / 'ablation.json'}; 'mokus bench knowcus report {output}' draws it")
+    Processes.of_environment().leave()
     if failed:
         raise typer.Exit(1)
 
@@ -246,7 +248,8 @@ def _run(
 ) -> list[Failed] | None:  # fmt: skip
     """Plan, say so, and draw. Returns what failed, or None if another process goes on.
 
-    `last`: nothing comes after it, so what was drawn is said, and if something failed it ends with exit code 1.
+    `last`: nothing comes after it, so what was drawn is said, and if something failed it ends with exit code 1, in the first
+    process alone. Otherwise the first has to leave the others when it is done; they wait for it here.
     """
     from mokus.bench.knowcusbench import run as runner
     from mokus.bench.knowcusbench.manifest import load_suite
@@ -284,11 +287,15 @@ def _run(
         if several.first:
             runner.write_training(plan, work.shelf, output)
             runner.write_failed(plan, failed, output)
-    if several.first:
-        _finish(output, plan.images(), failed, as_json, last)
-    if failed and (last or not several.first):
+    if not several.first:
+        several.leave()
+        return None
+    _finish(output, plan.images(), failed, as_json, last)
+    if last:
+        several.leave()
+    if failed and last:
         raise typer.Exit(1)
-    return failed if several.first else None
+    return failed
 
 
 def plan_lines(suite: Suite, items: list[Any], expected: Estimate, processes: int) -> list[str]:

@@ -20,6 +20,7 @@ from mokus import low_rank
 from mokus.bench.knowcusbench.packs import Shelf
 from mokus.bench.knowcusbench.plan import PHOTO_SEED, PHOTOS, Item, Plan, image_file, read_plan
 from mokus.bench.knowcusbench.recipe import digest
+from mokus.bench.state import check_same
 from mokus.errors import MokusError
 from mokus.files import read_json, write_json
 from mokus.generation import Generated, draw, looks_loaded, save_png
@@ -143,14 +144,21 @@ class Runner:
             return
         with self.model.resident("transformer", "vae"), looks_loaded(self.model, [pack] if pack else []):
             for batch in batches:
+                failed = False
                 try:
                     self._draw_batch(batch)
-                except FAULTS:  # which of them it is, shows when each is drawn alone
-                    for item, encoding in zip(batch.items, batch.encodings, strict=True):
-                        try:
-                            self._draw_batch(_Batch([item], [encoding], batch.negative))
-                        except FAULTS as error:
-                            self._give_up([item], error)
+                except FAULTS:
+                    failed = True
+                if failed:  # only after the except block: in it, all that the failed call held in memory is still held
+                    self._draw_each(batch)
+
+    def _draw_each(self, batch: _Batch) -> None:
+        """Draw a batch's items alone, which shows which of them fails."""
+        for item, encoding in zip(batch.items, batch.encodings, strict=True):
+            try:
+                self._draw_batch(_Batch([item], [encoding], batch.negative))
+            except FAULTS as error:
+                self._give_up([item], error)
 
     def _draw_batch(self, batch: _Batch) -> None:
         jobs = [(encoding, item.seed) for item, encoding in zip(batch.items, batch.encodings, strict=True)]
@@ -183,22 +191,20 @@ def write_plan(model: Model, plan: Plan, folder: Path, seeds: Sequence[int], com
     images of both would be averaged.
 
     `source`: the suite as it was named, by which a report finds it again. Raises `MokusError` if the folder holds a run of
-    another suite, model or settings.
+    another suite, model, settings or versions.
     """
     suite = plan.suite
     fields = {
         "suite": suite.name, "suite_sha256": digest(suite.model_dump()), "model": model.id, "fingerprint": model.fingerprint,
         "settings": {**plan.settings, "learn": asdict(plan.learn)}, "photos": {"n": PHOTOS, "seed": PHOTO_SEED},
+        "versions": versions(),
     }  # fmt: skip
     rows = {(row["method"], row["key"], row["prompt"]): row for row in map(asdict, plan.items)}
     old = read_plan(folder) if (folder / "plan.json").is_file() else None
     seeds, commands = list(seeds), [command]
     if old:
         # a model may be named otherwise, as by another path; it is the same by its fingerprint
-        if differing := [name for name in fields if name != "model" and old.get(name) != fields[name]]:
-            raise MokusError(
-                f"{folder} holds a run with another {' and '.join(differing)}; choose another folder for this one."
-            )
+        check_same(folder, old, {name: value for name, value in fields.items() if name != "model"})
         packs: dict[tuple[str, str], set[str]] = {}
         for item in plan.items:
             packs.setdefault((item.method, item.concept), set()).add(item.pack)
@@ -208,7 +214,7 @@ def write_plan(model: Model, plan: Plan, folder: Path, seeds: Sequence[int], com
         commands = list(dict.fromkeys([*old["commands"], command]))
     methods = list(dict.fromkeys(row["method"] for row in rows.values()))
     write_json(folder / "plan.json", {
-        **fields, "seeds": seeds, "methods": methods, "commands": commands, "versions": versions(),
+        **fields, "seeds": seeds, "methods": methods, "commands": commands,
         "suite_file": str(Path(source).resolve() if Path(source).is_file() else source),
         "items": list(rows.values()),
     })  # fmt: skip

@@ -21,7 +21,7 @@ import torch
 from mokus.bench.knowcusbench.plan import image_file
 from mokus.bench.knowcusbench.recipe import digest
 from mokus.bench.knowcusbench.run import FAULTS
-from mokus.bench.state import load_edits, save_edits
+from mokus.bench.state import check_same, load_edits, save_edits
 from mokus.bench.wise.entries import Entries, Entry
 from mokus.bench.wise.knowledge import Knowledge
 from mokus.editors import Editor, editor, rewrite
@@ -145,20 +145,24 @@ def _items(plan: Plan) -> Iterator[Item]:
 
 
 def write_plan(model: Model, plan: Plan, folder: Path, command: str) -> None:
-    """DIR/plan.json: what judging and the report need. Raises `MokusError` if the folder holds a run of other data or model."""
-    same = {"source_sha256": plan.suite.sha256, "version": plan.suite.version, "fingerprint": plan.fingerprint}
+    """DIR/plan.json: what judging and the report need.
+
+    Raises `MokusError` if the folder holds a run of other data or another model, or one with other versions.
+    """
+    same = {
+        "source_sha256": plan.suite.sha256, "version": plan.suite.version, "fingerprint": plan.fingerprint,
+        "versions": versions(),
+    }  # fmt: skip
     old = read_json(folder / PLAN)
-    if old and (differing := [name for name in same if old.get(name) != same[name]]):
-        raise MokusError(
-            f"{folder} holds a run of another {' and '.join(differing)}; choose another folder for this one."
-        )
+    if old:
+        check_same(folder, old, same)
     write_json(folder / PLAN, {
         **same, "source": plan.suite.source, "model": model.id, "settings": plan.settings, "edit": asdict(plan.editing),
         "seeds": plan.seeds, "batches": [
             [{"prompt_id": k.prompt_id, "key": batch.key(plan, n + 1)} for n, k in enumerate(batch.knowledge)]
             for batch in plan.batches
         ],
-        "commands": list(dict.fromkeys([*(old or {}).get("commands", []), command])), "versions": versions(),
+        "commands": list(dict.fromkeys([*(old or {}).get("commands", []), command])),
         "entries": [entry.model_dump() | {"field": entry.field} for entry in plan.suite.entries],
         "items": [asdict(item) for item in plan.items],
     })  # fmt: skip
@@ -280,15 +284,22 @@ class Runner:
             if self._there(chunk):
                 self._count(len(chunk))
                 continue
+            failed = False
             try:
                 self._draw_chunk(chunk, shifts)
-            except FAULTS:  # which of them it is, shows when each is drawn alone
-                for item in chunk:
-                    try:
-                        self._draw_chunk([item], shifts)
-                    except FAULTS as error:
-                        self.failed.append(Failed(item.prompt_id, item.when, _first_line(error), item.seed))
-                        self._count(1)
+            except FAULTS:
+                failed = True
+            if failed:  # only after the except block: in it, all that the failed call held in memory is still held
+                self._draw_each(chunk, shifts)
+
+    def _draw_each(self, chunk: list[Item], shifts: Shifts) -> None:
+        """Draw a chunk's items alone, which shows which of them fails."""
+        for item in chunk:
+            try:
+                self._draw_chunk([item], shifts)
+            except FAULTS as error:
+                self.failed.append(Failed(item.prompt_id, item.when, _first_line(error), item.seed))
+                self._count(1)
 
     def _draw_chunk(self, items: list[Item], shifts: Shifts) -> None:
         settings = self.plan.settings
