@@ -14,7 +14,7 @@ import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -320,25 +320,33 @@ def test_one_failed_item_does_not_stop_the_rest(
     assert there == set(plan.images()) - {each.key for each in failed}
 
 
-def test_nothing_of_a_failed_batch_is_held_when_each_is_drawn_alone(
-    model: Model, suite: Suite, album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After out-of-memory the batch's activations have to be gone, or its items fail as well."""
-    held, alive = [], []
-    real = run.draw
+def batches_fail(patch: pytest.MonkeyPatch, runner: ModuleType) -> list[bool]:
+    """From now on a module's `draw` of several at once runs out of memory. Returns, growing, of each that is drawn alone whether
+    what a failed batch held is still there: it has to be gone, or its items fail as well."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+    real = runner.draw
 
     def draw(model: Model, jobs: Any, *rest: Any) -> Any:
         if len(jobs) > 1:
             activations = torch.zeros(1)
             held.append(weakref.ref(activations))
             raise RuntimeError("out of memory")
+        assert held
         alive.append(any(each() is not None for each in held))
         return real(model, jobs, *rest)
 
-    monkeypatch.setattr(run, "draw", draw)
+    patch.setattr(runner, "draw", draw)
+    return alive
+
+
+def test_nothing_of_a_failed_batch_is_held_when_each_is_drawn_alone(
+    model: Model, suite: Suite, album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = batches_fail(monkeypatch, run)
     plan = plan_of(model, suite, album, ("base",), (0,))
     assert Runner(model, plan, tmp_path, batch_size=4).run() == []
-    assert held and len(alive) == len(plan.images()) and not any(alive)
+    assert len(alive) == len(plan.images()) and not any(alive)
 
 
 def test_concept_without_photos_fails_alone(model: Model, suite: Suite, album: Path, tmp_path: Path) -> None:

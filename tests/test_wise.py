@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -55,6 +53,7 @@ from mokus.settings import EditSettings
 
 from .test_cli import DEFAULTS
 from .test_demo import Page
+from .test_knowcus_run import batches_fail
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -787,22 +786,10 @@ def test_an_edit_or_a_prompt_that_fails_does_not_stop_the_rest_and_is_tried_agai
 def test_nothing_of_a_failed_batch_is_held_when_each_is_drawn_alone(
     tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After out-of-memory the batch's activations have to be gone, or its images fail as well."""
-    held, alive = [], []
-    real = run.draw
-
-    def draw(m: Model, jobs: Any, *rest: Any) -> Any:
-        if len(jobs) > 1:
-            activations = torch.zeros(1)
-            held.append(weakref.ref(activations))
-            raise RuntimeError("out of memory")
-        alive.append(any(each() is not None for each in held))
-        return real(m, jobs, *rest)
-
-    monkeypatch.setattr(run, "draw", draw)
+    alive = batches_fail(monkeypatch, run)
     plan = planned(model, tmp_path, ROWS[:2])
     assert Runner(model, plan, tmp_path, batch_size=2).run() == []
-    assert held and len(alive) == len(plan.items) and not any(alive)
+    assert len(alive) == len(plan.items) and not any(alive)
 
 
 def test_a_folder_is_for_one_suite_and_model(tmp_path: Path, model: Model) -> None:

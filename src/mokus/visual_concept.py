@@ -168,9 +168,8 @@ class _Run:
         self.file = checkpoint_of(output)
         self.resumed: dict[str, Any] = {}  # what the checkpoint holds that is gone on from
         self.previews: dict[str, Image.Image] = {}
-        self.rates: list[
-            list[float]
-        ] = []  # learning rates, each behind the number of the first step that was made at it
+        # learning rates, each behind the number of the first step that was made at it
+        self.rates: list[list[float]] = []
 
     @contextmanager
     def adapter(self) -> Iterator[None]:

@@ -94,11 +94,8 @@ class Shelf:
             keep_all=recipe.keep_all,
             progress=self.progress,
         )
-        seconds, taken, editing = (
-            time.perf_counter() - began,
-            sum(e.taken for e in edits),
-            sum(e.seconds for e in edits),
-        )
+        seconds = time.perf_counter() - began
+        taken, editing = sum(edit.taken for edit in edits), sum(edit.seconds for edit in edits)
         if n and (before := self.find(start)):
             earlier = before[1].seconds if before[1].editing is None else before[1].editing
             seconds, taken, editing = seconds + (earlier or 0.0), taken + before[1].taken, editing + (earlier or 0.0)
