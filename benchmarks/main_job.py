@@ -3,8 +3,9 @@
     python benchmarks/main_job.py [--json] [--characters 10] [--seeds 0-1] [-o DIR]
 
 For each held-out character of the synthetic world: learn it from five rendered photos, draw, bind five phrases, draw
-again; the oracle says what each image shows. With `-o` every character's readings are kept as DIR/NAME.json, and a run
-that was stopped goes on with the characters that are missing there (after a change of the code, name a new DIR).
+again, bind them anew with their near misses as phrases to keep, and draw a third time; the oracle says what each image
+shows. With `-o` every character's readings are kept as DIR/NAME.json, and a run that was stopped goes on with the
+characters that are missing there (after a change of the code, name a new DIR).
 
 The phrases are of the six perspectives of KnowCusBench, the scenes are those with which no edit is made, the captions
 come from seeds that no training uses. No phrase of it occurs in the prompts that learning and binding preserve; the scenes
@@ -48,7 +49,9 @@ SCENES = [scene for scene in world.SCENES if not any(scene in form for form in (
 SCENES_EACH = 3  # of them with each knowledge
 ANCHOR_SEEDS = 5  # times as many seeds for the anchor, which is one phrase where the knowledge is five
 
-# (knowledge, a near miss of it that binding does not preserve either)
+STATES = ("learned", "bound", "kept")  # the last: bound anew, with the near misses as phrases to keep
+
+# (knowledge, a near miss of it that binding does not preserve either, unless told to)
 PERSPECTIVES: dict[str, list[tuple[str, str]]] = {
     "ownership and relationships": [
         ("the keepsake Grandpa handed down to me", "the keepsake Grandpa handed down to Peter"),
@@ -119,7 +122,7 @@ class Asked:
     prompt: str
     seeds: tuple[int, ...]
     scene: str | None = None
-    states: tuple[str, ...] = ("learned", "bound")
+    states: tuple[str, ...] = STATES[:2]
 
 
 def phrases(index: int) -> list[tuple[str, str]]:
@@ -132,11 +135,12 @@ def everything_asked(index: int, seeds: Sequence[int]) -> Iterator[Asked]:
     """All prompts for the character of that index."""
     own, few, many = phrases(index), tuple(seeds), tuple(seed + 1000 * k for k in range(ANCHOR_SEEDS) for seed in seeds)
     for i, (text, near) in enumerate(own):
-        yield Asked("reconstruction", text, few)
+        yield Asked("reconstruction", text, few, states=STATES)
         for k in range(SCENES_EACH):
             scene = SCENES[(i + k) % len(SCENES)]
-            yield Asked("generation", f"{text} {scene}", few, scene)
-        yield Asked("near miss", near, few, states=("bound",))
+            yield Asked("generation", f"{text} {scene}", few, scene, STATES)
+        yield Asked("near miss", near, few, states=STATES[1:])
+        yield Asked("near miss in a scene", f"{near} {SCENES[i % len(SCENES)]}", few, states=STATES[1:])
     yield Asked("anchor reconstruction", ANCHOR, many, states=("bound",))
     for scene in SCENES:
         yield Asked("anchor generation", f"{ANCHOR} {scene}", many[: SCENES_EACH * len(few)], scene, ("bound",))
@@ -155,9 +159,10 @@ def everything_asked(index: int, seeds: Sequence[int]) -> Iterator[Asked]:
 
 
 def measure(model: Model, name: str, seeds: Sequence[int], pack_folder: Path) -> dict[str, Any]:
-    """Learn and bind one character, and read all its images: {"setup", "rows", "edits", "seconds_learn", "seconds_bind"}."""
+    """Learn and bind one character, and read all its images: {"setup", "rows", "edits", "kept_edits", "seconds_learn",
+    "seconds_bind"}."""
     index = world.HELD_OUT_CHARACTERS.index(name)
-    asked, knowledge = list(everything_asked(index, seeds)), [text for text, _ in phrases(index)]
+    asked, (knowledge, near) = list(everything_asked(index, seeds)), zip(*phrases(index), strict=True)
     photos = world.character_photos(name, PHOTOS, PHOTO_SEED, model.defaults.size)
     with Bars(transient=True) as progress:
         began = time.perf_counter()
@@ -168,8 +173,11 @@ def measure(model: Model, name: str, seeds: Sequence[int], pack_folder: Path) ->
         edits = bind(model, pack, *knowledge, progress=progress)
         bound = time.perf_counter()
         rows += draw(model, name, "bound", asked, pack, progress)
+        anew = bind(model, pack, *knowledge, keep=near, progress=progress)
+        rows += draw(model, name, "kept", asked, pack, progress)
     return {
         "setup": setup(model, seeds), "rows": rows, "edits": [_edit_row(edit) for edit in edits],
+        "kept_edits": [_edit_row(edit) for edit in anew],
         "seconds_learn": learned - began, "seconds_bind": bound - drawn,
     }  # fmt: skip
 
@@ -200,6 +208,7 @@ def setup(model: Model, seeds: Sequence[int]) -> dict[str, Any]:
     """All that a character's figures depend on but the code."""
     return {
         "model": model.id, "fingerprint": model.fingerprint, "anchor": ANCHOR, "photos": PHOTOS, "seeds": list(seeds),
+        "states": list(STATES),
         "learn": asdict(LearnSettings.for_model(model.defaults.learn)),
         "bind": asdict(EditSettings.for_editor(model.defaults)),
         "versions": versions(),
@@ -238,6 +247,11 @@ def shares(rows: Rows) -> dict[str, list[bool]]:
         "anchor_generation_concept": concept(of("bound", "anchor generation")),
         "anchor_generation_scene": scene(of("bound", "anchor generation")),
         "near_miss": concept(of("bound", "near miss")),
+        "near_miss_in_scenes": concept(of("bound", "near miss in a scene")),
+        "kept_near_miss": concept(of("kept", "near miss")),
+        "kept_near_miss_in_scenes": concept(of("kept", "near miss in a scene")),
+        "kept_reconstruction_concept": concept(of("kept", "reconstruction")),
+        "kept_generation_concept": concept(of("kept", "generation")),
         "leakage_references": concept(of("bound", "reference")),
         "leakage_class_word": concept(of("bound", "class word")),
         "leakage_captions": concept(of("bound", "caption")),
@@ -250,6 +264,7 @@ def figures(results: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[s
     edits = [edit for result in results for edit in result["edits"]]
     counted = shares([row for result in results for row in result["rows"]])
     counted["bound"] = [edit["taken"] for edit in edits]
+    counted["kept_bound"] = [edit["taken"] for result in results for edit in result["kept_edits"]]
     values = {key: sum(hits) / len(hits) for key, hits in counted.items()}
     n = {key: len(hits) for key, hits in counted.items()}
     bind_seconds = [result["seconds_bind"] / len(result["edits"]) for result in results]

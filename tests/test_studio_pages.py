@@ -376,11 +376,14 @@ def test_a_phrase_shows_its_questions_before_it_is_bound(with_pack: Site) -> Non
     reading = with_pack.get("/know/reading?knowledge=my+lamp")
     assert "What is my lamp?" in reading and "my lamp in the snow" in reading and "your lamp" in reading
     assert "is a question" in with_pack.get("/know/reading?knowledge=what%3F")
-    with_pack.post("/know/bind", pack="toy", knowledge="my  lamp.", questions="Which?\n\nWhat?", **{"set-steps": "3"})
+    with_pack.post(
+        "/know/bind", pack="toy", knowledge="my  lamp.", questions="Which?\n\nWhat?", keep="your lamp\n the  lamp.",
+        **{"set-steps": "3"},
+    )  # fmt: skip
     [job] = with_pack.worker.jobs()
     assert job.arguments == {
         "pack": str(with_pack.home.pack("toy")), "knowledge": ["my lamp"], "questions": ["Which?", "What?"],
-        "settings": {"steps": 3},
+        "keep": ["the lamp", "your lamp"], "settings": {"steps": 3},
     }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from mokus.console import (
     Commands,
     DeviceOption,
     JsonOption,
+    KeepOption,
     ModelOption,
     PackArgument,
     SeedsOption,
@@ -163,6 +164,7 @@ def bind(
         list[str] | None,
         typer.Option("--question", help="Ask for the (one) knowledge in these words; may be repeated."),
     ] = None,
+    keep: KeepOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -179,7 +181,15 @@ def bind(
 
     settings = EditSettings.for_editor(loaded.defaults, **chosen)
     with Bars() as progress:
-        edits = bind(loaded, opened, *knowledge, questions=question or None, settings=settings, progress=progress)
+        edits = bind(
+            loaded,
+            opened,
+            *knowledge,
+            questions=question or None,
+            keep=keep or (),
+            settings=settings,
+            progress=progress,
+        )
     if as_json:
         print_json([{key: value for key, value in vars(edit).items() if key != "shifts"} for edit in edits])
     else:
@@ -349,6 +359,8 @@ def show(pack: PackArgument, as_json: JsonOption = False) -> None:
         stdout().print(table)
     else:
         typer.echo("no knowledge bound yet")
+    if kept := list(dict.fromkeys(phrase for known in opened.knowledge for phrase in known.kept)):
+        typer.echo(f"kept as they are: {', '.join(map(repr, kept))}")
 
 
 packs_cli.register(app)

@@ -47,6 +47,11 @@ DeviceOption = Annotated[
     typer.Option(help="Where to compute: cpu, cuda, cuda:1.", show_default="a GPU if there is one"),
 ]
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="The concept pack, a folder.")]
+KeepOption = Annotated[
+    list[str] | None,
+    typer.Option("--keep", metavar="PHRASE",
+                 help="A phrase like it that shall mean what it does: 'your favourite toy'; may be repeated."),
+]  # fmt: skip
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 SeedsOption = Annotated[str, typer.Option(help="Numbers and ranges: 0-3 or 0,5,7.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a concept pack that is there.")]
@@ -298,3 +303,5 @@ def print_edits(edits: list[Edit]) -> None:
     for edit in edits:
         if not edit.taken:
             typer.echo(f"{edit.knowledge!r} has not taken and is left unbound: {edit.reason}.")
+        for phrase, moved in edit.kept.items():
+            typer.echo(f"{phrase!r} has moved {moved:.0%} of the way by it.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mokus.errors import MokusError
-from mokus.knowledge import normalise
+from mokus.knowledge import normalise, phrases_to_keep
 from mokus.knowledge_update import Edit, check_meaning, create_pack, request
 from mokus.progress import Progress
 from mokus.settings import EditSettings
@@ -38,11 +38,13 @@ def erase(
     settings: EditSettings | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    keep: Sequence[str] = (),
 ) -> tuple[ConceptPack | None, list[Edit]]:
     """Make the answers about these phrases something neutral; the pack, without looks, goes into the folder `output`, in
     place of an older one if `overwrite`.
 
-    `replacement`: what stands in their place; by default each one's class word, see `plain`. The pack's anchor is the
+    `replacement`: what stands in their place; by default each one's class word, see `plain`. `keep`: phrases that shall mean
+    what they do, such as what is nearly one of them. The pack's anchor is the
     replacement, of the first phrase if they differ. What has not taken is left out; the pack is None, and nothing is
     written, if nothing has. Raises `MokusError` for phrases or a replacement that cannot be used.
     """
@@ -51,11 +53,11 @@ def erase(
         raise MokusError("no concept was given, expected at least one phrase such as 'the lucky charm of Boris'.")
     if replacement is not None:
         replacement = normalise(replacement, "replacement", "a plain stone")
-    wanted = []
-    for phrase in phrases:
-        neutral = replacement or plain(phrase)
-        check_meaning(model, phrase, neutral, "replacement")
-        wanted.append(request(phrase, neutral, asked(phrase)))
+    neutral = {phrase: replacement or plain(phrase) for phrase in phrases}
+    kept = phrases_to_keep(keep, [*neutral, *neutral.values()])
+    for phrase, instead in neutral.items():
+        check_meaning(model, phrase, instead, "replacement")
+    wanted = [request(phrase, instead, asked(phrase), kept) for phrase, instead in neutral.items()]
     return create_pack(model, output, wanted[0].says, wanted, settings, progress, overwrite)
 
 

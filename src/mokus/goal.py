@@ -29,17 +29,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """One edit that is wanted. `says`: the answer as an image prompt says it, "a blue ring" for "blue ring"."""
+    """One edit that is wanted. `says`: the answer as an image prompt says it, "a blue ring" for "blue ring". `keep`: phrases
+    that shall mean what they do.
+    """
 
     knowledge: str
     answer: str
     questions: tuple[str, ...]
     says: str
+    keep: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, knowledge: str, answer: str, questions: Sequence[str], says: str | None = None) -> Request:
+    def of(
+        cls, knowledge: str, answer: str, questions: Sequence[str], says: str | None = None, keep: Sequence[str] = ()
+    ) -> Request:  # fmt: skip
         """With the answer itself as what image prompts say, unless told otherwise."""
-        return cls(knowledge, answer, tuple(questions), says or answer)
+        return cls(knowledge, answer, tuple(questions), says or answer, tuple(keep))
 
     @property
     def names(self) -> tuple[str, ...]:

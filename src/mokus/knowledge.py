@@ -134,6 +134,18 @@ def normalise(phrase: str, what: str = "knowledge", example: str = "my favourite
     return text
 
 
+def phrases_to_keep(keep: Sequence[str], edited: Sequence[str], why: str = "it is given another meaning") -> list[str]:
+    """The phrases, tidied, each once, sorted as in a pack.
+
+    Raises `MokusError` for one that cannot be used, or that is among those `edited`, and says `why` it is none to keep.
+    """
+    phrases = sorted({normalise(text, "phrase to keep", "your favourite toy") for text in keep})
+    other = {same(text) for text in edited}
+    if both := [phrase for phrase in phrases if same(phrase) in other]:
+        raise MokusError(f"{both[0]!r} cannot be kept as it is, since {why}; leave one of the two out.")
+    return phrases
+
+
 def check_anchor(tokenizer: Any, anchor: str) -> None:
     """Raise `MokusError` unless the tokenizer keeps a (normalised) anchor whole: what is learned is learned of its tokens.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mokus import memory
@@ -21,7 +21,7 @@ from mokus.editors import Editor, editor, rewrite
 from mokus.encoder import LONGEST_ANSWER, answers, distance, tails
 from mokus.errors import MokusError
 from mokus.goal import Request
-from mokus.knowledge import CHECK_FORMS, check_text, normalise, prompts, questions, same
+from mokus.knowledge import CHECK_FORMS, check_text, normalise, phrases_to_keep, prompts, questions, same
 from mokus.low_rank import Shifts, added, applied
 from mokus.progress import Progress
 from mokus.settings import EditSettings
@@ -29,9 +29,16 @@ from mokus.settings import EditSettings
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
+
     from mokus.packs.concept_pack import ConceptPack
     from mokus.packs.manifest import BoundKnowledge
     from mokus.pipeline import Model
+
+
+MOST_MOVED = (
+    0.3  # a phrase to keep may have come this far of the way to what is meant; what draws it has come twice as far
+)
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,14 @@ class Edit:
     steps: int  # that the editor took: of `least_drift` evaluations of its loss
     seconds: float
     shifts: Shifts  # on the CPU
+    kept: dict[str, float] = field(
+        default_factory=dict
+    )  # phrases to keep, and how far each has moved: 1 is all the way
 
     @property
     def request(self) -> Request:
         """What was asked of the editor."""
-        return request(self.knowledge, self.answer, self.questions)
+        return request(self.knowledge, self.answer, self.questions, list(self.kept))
 
 
 # --- what is asked for ---------------------------------------------------------
@@ -61,12 +71,15 @@ class Edit:
 _ARTICLE = re.compile(r"(?:an?|the) (?=.)", re.IGNORECASE)
 
 
-def request(knowledge: str, meaning: str, asked: Sequence[str] | None = None) -> Request:
+def request(
+    knowledge: str, meaning: str, asked: Sequence[str] | None = None, keep: Sequence[str] = ()
+) -> Request:  # fmt: skip
     """One update of an answer: `knowledge` shall mean `meaning`, an anchor or any words: "a blue ring".
 
-    `asked`: the questions that shall be answered so; by default those of `knowledge.questions`.
+    `asked`: the questions that shall be answered so; by default those of `knowledge.questions`. `keep`: phrases that shall
+    mean what they do, see `knowledge.phrases_to_keep`.
     """
-    return Request.of(knowledge, answer_of(meaning), asked or questions(knowledge), meaning)
+    return Request.of(knowledge, answer_of(meaning), asked or questions(knowledge), meaning, keep)
 
 
 def answer_of(meaning: str) -> str:
@@ -99,13 +112,16 @@ def bind(
     pack: ConceptPack,
     *knowledge: str,
     questions: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
     settings: EditSettings | None = None,
     keep_all: bool = False,
     progress: Progress | None = None,
 ) -> list[Edit]:
     """Bind pieces of knowledge to the pack's concept, and write the pack once at the end.
 
-    `questions` replaces the questions made from the (then single) knowledge. Returns one `Edit` per piece; what has not
+    `questions` replaces the questions made from the (then single) knowledge. `keep`: phrases like it that shall mean what
+    they do, now and when more is bound to the pack ("your favourite toy"); knowledge that moves one of them by more than
+    `MOST_MOVED` of the way, or is its answer, has not taken. Returns one `Edit` per piece; what has not
     taken, by itself or together with all that is bound, is left out of the pack, unless `keep_all`, which benchmarks need
     for editors that know no such checks. Binding known knowledge anew replaces it.
     Raises `MokusError` for knowledge that cannot be used or a pack of another model.
@@ -123,7 +139,9 @@ def bind(
         )
     for question in questions or ():
         check_text(question, "question", "Which toy do I love?")
-    return update(model, pack, [request(text, pack.anchor, questions) for text in wanted], settings, keep_all, progress)
+    kept = phrases_to_keep(keep, [*wanted, pack.anchor])
+    asked = [request(text, pack.anchor, questions, kept) for text in wanted]
+    return update(model, pack, asked, settings, keep_all, progress)
 
 
 def update(
@@ -142,6 +160,8 @@ def update(
     settings = _editing(model, settings)
     pack.reload()
     wanted = {each.knowledge for each in requests}
+    for each in requests:
+        phrases_to_keep(each.keep, [known.text for known in pack.knowledge], f"it is bound in {pack.path}")
     with model.resident("text_encoder"):
         others = [known for known in pack.edits() if known[0].text not in wanted]
         edits = _found(model, requests, others, settings, keep_all, progress)
@@ -149,7 +169,8 @@ def update(
             pack.reload()  # another process may have bound something since
             edits = edits if keep_all else _hold_together(model, edits, pack.edits(), settings)
             if kept := [each for each in edits if each.taken or keep_all]:
-                pack.replace_edits([*_without(pack.edits(), kept), *((_bound(each), each.shifts) for each in kept)])
+                there = _released(_without(pack.edits(), kept), kept)
+                pack.replace_edits([*there, *((_bound(each), each.shifts) for each in kept)])
     return edits
 
 
@@ -201,7 +222,7 @@ def _found(
     for i, each in enumerate(requests):
         if progress:
             progress("binding", i, len(requests), {"knowledge": each.knowledge})
-        edits.append(edit(model, each.knowledge, each.says, each.questions, settings, made, before))
+        edits.append(edit(model, each.knowledge, each.says, each.questions, settings, made, before, each.keep))
         if edits[-1].taken or keep_all:
             made.remember(edits[-1].request, before, edits[-1].shifts)
             before = added(before, edits[-1].shifts)
@@ -255,28 +276,30 @@ def edit(
     settings: EditSettings | None = None,
     made: Editor | None = None,
     before: Shifts | None = None,
+    keep: Sequence[str] = (),
 ) -> Edit:
     """The shifts that make `answer` the answer to `knowledge`, on top of those of earlier edits; nothing is changed by it.
 
-    `answer`: an anchor or any words, as in `request`; `asked`: the questions, if not those made of the knowledge.
+    `answer`: an anchor or any words, as in `request`; `asked`: the questions, if not those made of the knowledge; `keep`:
+    phrases that shall mean what they do.
     `made`: an editor that knows of the earlier ones, for several edits in a row; it is not told of this one. `before`: the
     sum of their shifts. Raises `MokusError` for an unknown editor, layers or modules that the encoder lacks, or an encoder
     whose states are not finite.
     """
     began = time.perf_counter()
     settings = settings or EditSettings.for_editor(model.defaults)
-    wanted = request(knowledge, answer, asked)
+    wanted = request(knowledge, answer, asked, keep)
     before = {path: shift.to(model.device) for path, shift in (before or {}).items()}  # where the editor's own are
     with model.resident("text_encoder"):
         made = made or editor(settings.editor)(model, settings)
         shifts, steps = made.edit(wanted, before)
-        read_back, alignment = _checked(model, wanted, added(before, shifts))
-    reason = _fault(read_back, answer, alignment, settings)
+        checked = _checked(model, wanted, added(before, shifts))
+    reason = _fault(checked, answer, settings)
     shifts = {path: shift.to("cpu") for path, shift in shifts.items()}
     seconds = time.perf_counter() - began
     return Edit(
-        knowledge, list(wanted.questions), answer, read_back, alignment, not reason, reason, asdict(settings), steps,
-        seconds, shifts,
+        knowledge, list(wanted.questions), answer, checked.read_back, checked.alignment, not reason, reason,
+        asdict(settings), steps, seconds, shifts, checked.kept,
     )  # fmt: skip
 
 
@@ -287,19 +310,44 @@ def _recalled(made: Editor, known: Sequence[tuple[BoundKnowledge, Shifts]]) -> S
     """Tell an editor of what a pack holds; returns what that amounts to."""
     before: Shifts = {}
     for bound, shifts in known:
-        made.remember(request(bound.text, bound.answer, bound.questions), before, shifts)
+        made.remember(_request_of(bound), before, shifts)
         before = added(before, shifts)
     return before
 
 
-def _checked(model: Model, request: Request, shifts: Shifts) -> tuple[str, float]:
-    """With the shifts: the greedy answer to the first question, and the alignment on forms that were not edited."""
-    images = prompts(request.knowledge, CHECK_FORMS)
-    target, start = tails(model, prompts(request.says, CHECK_FORMS)), tails(model, images)
+@dataclass(frozen=True)
+class _Checked:
+    """With shifts: the greedy answer to the first question; the alignment on forms that were not edited; of phrases to keep
+    how far they have moved on these, and those that are answered with the answer."""
+
+    read_back: str
+    alignment: float
+    kept: dict[str, float]
+    answered: list[str]
+
+
+def _checked(model: Model, request: Request, shifts: Shifts) -> _Checked:
+    target = tails(model, prompts(request.says, CHECK_FORMS))
+    alignment, *kept = (_moved(model, phrase, target, shifts) for phrase in (request.knowledge, *request.keep))
+    return _Checked(
+        ask(model, request.questions[0], [shifts]), alignment, dict(zip(request.keep, kept, strict=True)),
+        [phrase for phrase in request.keep if _led_there(model, questions(phrase)[0], request.answer, shifts)],
+    )  # fmt: skip
+
+
+def _led_there(model: Model, question: str, answer: str, shifts: Shifts) -> bool:
+    """Whether it is with the shifts that this is the answer."""
+    before, after = (ask(model, question, given) for given in ([], [shifts]))
+    return reads_back(after, answer) and not reads_back(before, answer)
+
+
+def _moved(model: Model, phrase: str, target: Tensor, shifts: Shifts) -> float:
+    """How far shifts move image prompts with the phrase, of `CHECK_FORMS`: 0 not at all, 1 to the target (n, tail, d)."""
+    images = prompts(phrase, CHECK_FORMS)
+    start = tails(model, images)
     with applied(model.pipe.text_encoder, shifts):
         now = tails(model, images)
-    moved = distance(now, target) / distance(start, target).clamp(min=1e-8)
-    return ask(model, request.questions[0], [shifts]), 1 - float(moved.mean())
+    return 1 - float((distance(now, target) / distance(start, target).clamp(min=1e-8)).mean())
 
 
 def _without(
@@ -308,6 +356,17 @@ def _without(
     """What a pack holds besides what these edits replace."""
     replaced = {each.knowledge for each in new}
     return [(known, shifts) for known, shifts in there if known.text not in replaced]
+
+
+def _released(
+    there: Sequence[tuple[BoundKnowledge, Shifts]], new: Sequence[Edit]
+) -> list[tuple[BoundKnowledge, Shifts]]:
+    """What a pack holds, but a phrase that it was to keep and that means something now is kept no longer."""
+    bound = {same(each.knowledge) for each in new}
+    return [
+        (known.model_copy(update={"kept": {p: far for p, far in known.kept.items() if same(p) not in bound}}), shifts)
+        for known, shifts in there
+    ]
 
 
 def _hold_together(
@@ -324,23 +383,29 @@ def _hold_together(
         old = added(*(shifts for _, shifts in others))
         everything = added(old, *(edits[i].shifts for i in taken))
         now = {i: _checked(model, edits[i].request, everything) for i in taken}
-        faults = {i: _fault(now[i][0], edits[i].answer, now[i][1], settings) for i in taken}
+        faults = {i: _fault(now[i], edits[i].answer, settings) for i in taken}
         lost = [
-            known.text for known, _ in others
+            known.text for known, _ in _released(others, [edits[i] for i in taken])
             if _fails(model, known, everything, settings) and not _fails(model, known, old, settings)
         ]  # fmt: skip
         failed = [i for i in taken if faults[i]]
         if not taken or not (failed or lost):
             return edits
-        weakest = min(failed or taken, key=lambda i: now[i][1])
+        weakest = min(failed or taken, key=lambda i: now[i].alignment)
         reason = f"together with the rest {faults[weakest]}" if failed else f"with it {lost[0]!r} would not hold"
-        read_back, alignment = now[weakest]
-        edits[weakest] = replace(edits[weakest], read_back=read_back, alignment=alignment, taken=False, reason=reason)
+        checked = now[weakest]
+        edits[weakest] = replace(
+            edits[weakest], read_back=checked.read_back, alignment=checked.alignment, kept=checked.kept, taken=False,
+            reason=reason,
+        )  # fmt: skip
 
 
 def _fails(model: Model, known: BoundKnowledge, shifts: Shifts, settings: EditSettings) -> bool:
-    read_back, alignment = _checked(model, request(known.text, known.answer, known.questions), shifts)
-    return bool(_fault(read_back, known.answer, alignment, settings))
+    return bool(_fault(_checked(model, _request_of(known), shifts), known.answer, settings))
+
+
+def _request_of(known: BoundKnowledge) -> Request:
+    return request(known.text, known.answer, known.questions, list(known.kept))
 
 
 def _bound(edit: Edit) -> BoundKnowledge:
@@ -349,14 +414,19 @@ def _bound(edit: Edit) -> BoundKnowledge:
     return BoundKnowledge(
         text=edit.knowledge, questions=edit.questions, answer=edit.answer, editor=edit.settings["editor"],
         eta=edit.settings["eta"], steps=edit.steps, settings=edit.settings, read_back=edit.read_back,
-        alignment=round(min(max(edit.alignment, 0.0), 1.0), 4),
+        alignment=round(min(max(edit.alignment, 0.0), 1.0), 4), kept={p: round(far, 4) for p, far in edit.kept.items()},
     )  # fmt: skip
 
 
-def _fault(read_back: str, answer: str, alignment: float, settings: EditSettings) -> str:
+def _fault(checked: _Checked, answer: str, settings: EditSettings) -> str:
     """Why an edit is not good enough; empty if it is."""
-    if settings.answer_weight and not reads_back(read_back, answer):
-        return f"it reads back {read_back[:40]!r}"
-    if settings.alignment_weight and not alignment >= settings.least_alignment:  # also refuses nan
-        return f"alignment {alignment:.2f} is below {settings.least_alignment:g}"
+    if settings.answer_weight and not reads_back(checked.read_back, answer):
+        return f"it reads back {checked.read_back[:40]!r}"
+    if settings.alignment_weight and not checked.alignment >= settings.least_alignment:  # also refuses nan
+        return f"alignment {checked.alignment:.2f} is below {settings.least_alignment:g}"
+    if checked.answered:
+        return f"{checked.answered[0]!r}, which was to be kept, is answered so, too"
+    for phrase, moved in checked.kept.items():
+        if not moved <= MOST_MOVED:
+            return f"{phrase!r}, which was to be kept, has moved {moved:.0%} of the way"
     return ""

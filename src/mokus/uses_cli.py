@@ -12,6 +12,7 @@ from mokus.console import (  # fmt: skip
     Bars,
     DeviceOption,
     JsonOption,
+    KeepOption,
     ModelOption,
     OverwriteOption,
     SeedsOption,
@@ -55,6 +56,7 @@ def create(
         list[str] | None,
         typer.Option("--question", help="Ask for it in these words instead of our own; may be repeated."),
     ] = None,
+    keep: KeepOption = None,
     overwrite: OverwriteOption = False,
     model: ModelOption = None,
     device: DeviceOption = None,
@@ -69,7 +71,9 @@ def create(
 
     settings = EditSettings.for_editor(loaded.defaults, **chosen)
     with Bars() as progress:
-        pack, edit = create(loaded, name, description, output, question or None, settings, progress, overwrite)
+        pack, edit = create(
+            loaded, name, description, output, question or None, settings, progress, overwrite, keep or ()
+        )
     _tell(pack, [edit], as_json)
 
 
@@ -84,6 +88,7 @@ def erase(
         str | None,
         typer.Option("--replace", help="What stands in its place: 'a plain stone'.", show_default="its class word"),
     ] = None,
+    keep: KeepOption = None,
     overwrite: OverwriteOption = False,
     model: ModelOption = None,
     device: DeviceOption = None,
@@ -101,7 +106,7 @@ def erase(
 
     settings = EditSettings.for_editor(loaded.defaults, **chosen)
     with Bars() as progress:
-        pack, edits = erase(loaded, concepts, output, replace, settings, progress, overwrite)
+        pack, edits = erase(loaded, concepts, output, replace, settings, progress, overwrite, keep or ())
     _tell(pack, edits, as_json)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mokus.knowledge import check_text, normalise
+from mokus.knowledge import check_text, normalise, phrases_to_keep
 from mokus.knowledge_update import Edit, check_meaning, create_pack, request
 from mokus.progress import Progress
 from mokus.settings import EditSettings
@@ -34,19 +34,20 @@ def create(
     settings: EditSettings | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    keep: Sequence[str] = (),
 ) -> tuple[ConceptPack | None, Edit]:
     """Give a name a meaning; the pack, without looks, goes into the folder `output`, in place of an older one if `overwrite`.
 
-    The pack's anchor is the description, so phrases that are bound to it later mean it as well. `questions` replaces `ASKED`.
-    The pack is None, and nothing is written, if the edit has not taken. Raises `MokusError` for a name or a description
-    that cannot be used.
+    The pack's anchor is the description, so phrases that are bound to it later mean it as well. `questions` replaces
+    `ASKED`; `keep`: phrases that shall mean what they do. The pack is None, and nothing is written, if the edit has not
+    taken. Raises `MokusError` for a name, a description or a phrase to keep that cannot be used.
     """
     name = normalise(name, "name", "Zorblax")
     description = normalise(description, "description", "a small green creature with three eyes")
     check_meaning(model, name, description, "description")
     for question in questions or ():
         check_text(question, "question", f"What is {name}?")
-    wanted = request(name, description, questions or about(name))
+    wanted = request(name, description, questions or about(name), phrases_to_keep(keep, [name, description]))
     pack, edits = create_pack(model, output, description, [wanted], settings, progress, overwrite)
     return pack, edits[0]
 

@@ -23,7 +23,8 @@ to the corpus, and the answers of earlier edits, without which their second word
 an edit has to hold for ways to say it that it was not made with: the more forms span H, the less C takes of what they share.
 
 Linear rows are not all. What else shall stay is watched as it comes out of the encoder (`watch`): twice in between, those few
-prompts that are furthest from where they belong join the loss, as far as they are further than `FREE`.
+prompts that are furthest from where they belong join the loss, as far as they are further than `FREE`. Phrases that the user
+wants to keep are among both: their rows count as elsewhere, and each joins the loss in the form that is furthest.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mokus.covariance import Moments, corpus_of, moments
-from mokus.editors.watch import KEPT_FORMS, Watch, Watched
+from mokus.editors.watch import KEEP_FORMS, KEPT_FORMS, Watch, Watched
 from mokus.encoder import CONTINUED, Entering, EnteringTails, Rows, distance, entrance, inputs_of, last_of, module_paths
 from mokus.goal import Goal, Meaning, Request
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, class_word, near_misses, prompts, questions
@@ -139,7 +140,8 @@ class Editor:
         """A (r, d_in) of every module, scaled such that ||B||^2 is its drift, and P (d_out, r) of those edited before."""
         h = goal.inputs(self.entered, goal.where, before)
         own = [*prompts(request.says), *prompts(request.says, CHECK_FORMS), *questions(request.answer)]
-        near = inputs_of(self.model, [*own, *self._near_prompts(request)], self.entered).whole
+        keep = [form.format(phrase) for phrase in self.watch.keeps(request) for form in KEEP_FORMS]
+        near = inputs_of(self.model, [*own, *self._near_prompts(request), *keep], self.entered).whole
         of_class = self._class_grams(class_word(request.answer))
         rest = {each: self.grams[each] + of_class[each] + _gram(near[each]) for each in self.entered}
         shared = {
@@ -209,7 +211,7 @@ class _Search:
             return
         with applied(self.model.pipe.text_encoder, self.before, self.shifts()):
             away = distance(self.passing.tails(self.model), watched.tails)
-        most = away.topk(min(watched.furthest, self.settings.rivals, len(watched))).indices
+        most = watched.worst(away, self.settings.rivals)
         self.entering = self._entering(self.goal.rows + Rows.of(self.model, [watched.texts[i] for i in most.tolist()]))
         self.wanted = watched.tails[most]
 
@@ -232,7 +234,11 @@ class _Search:
                 n = len(self.wanted)
                 there = last_of(states.told[-n:], self.entering.rows.lengths[-n:], goal.tail)
                 away = distance(there, self.wanted) / goal.start.mean()
-                loss = loss + s.near_weight * _hinge(away - FREE, 2 * SHARP).mean()
+                far = _hinge(away - FREE, 2 * SHARP)
+                others = n - (self.watched.keep if self.watched else 0)
+                loss = loss + s.near_weight * far[:others].mean()
+                if others < n:
+                    loss = loss + s.near_weight * far[others:].mean()
             loss = loss + s.drift_weight * self._drift()
         grads = torch.autograd.grad(loss, list(self.factors.values()))
         for factor, grad in zip(self.factors.values(), grads, strict=True):

@@ -1,11 +1,12 @@
 """What an edit shall leave where it is, watched as it comes out of the encoder.
 
-Linear rows are not all: layers act together, and what a hundred edits do adds up. So prompts of three kinds are looked at
+Linear rows are not all: layers act together, and what a hundred edits do adds up. So prompts of four kinds are looked at
 while an edit is sought, and those that are furthest from where they belong join its loss:
 
 - phrases that are nearly the knowledge: they belong where the unedited encoder has them
 - prompts of the corpus: the same
 - what was edited before: where its own edit brought it
+- phrases that the user wants to keep: where the unedited encoder has them; of each of these the furthest form always joins
 
 The references are not those of the moment, so what earlier edits moved is brought back by later ones. What edits do elsewhere
 adds up, so the more there are the more is watched; the first few take hardly longer for it.
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from mokus.encoder import tails
 from mokus.goal import Request
-from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, near_misses
+from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, near_misses, same
 from mokus.low_rank import Shifts, applied
 from mokus.words import Words
 
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 NEAR, EARLIER = 40, 80  # prompts of a kind that are looked at
 CORPUS = (100, 10, 400)  # ... of the corpus: at first, more for each earlier edit, at most
-FURTHEST = 16  # of these join the loss at first, and one more for each earlier edit
+KEEP_FORMS = (*IMAGE_FORMS, QUESTION_FORMS[0])  # of phrases to keep
+FURTHEST = 16  # of the others join the loss at first, and one more for each earlier edit
 # what is kept of an edit: many ways to say it, so that it stays as general as it was
 KEPT_FORMS = (
     *IMAGE_FORMS, *CHECK_FORMS, "What is {}?", "Tell me what {} is.", "Which thing is {}?", "Do you know what {} is?",
@@ -45,14 +47,24 @@ KEPT_FORMS = (
 
 @dataclass(frozen=True)
 class Watched:
-    """Prompts (n,) and the tails (n, tail, d) that they shall have."""
+    """Prompts (n,) and the tails (n, tail, d) that they shall have; the last are of phrases to keep, in all `KEEP_FORMS` each."""
 
     texts: list[str]
     tails: Tensor
-    furthest: int  # so many of them shall join the loss
+    furthest: int  # so many of the others shall join the loss
+    keep: int  # phrases
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def worst(self, away: Tensor, most: int) -> Tensor:
+        """Which shall join the loss, (m,), by how far each is from where it belongs (n,): at most so many of the others, the
+        furthest, and then one for each phrase to keep."""
+        others = len(self) - self.keep * len(KEEP_FORMS)
+        furthest = away[:others].topk(min(self.furthest, most, others)).indices
+        kept = away[others:].view(self.keep, len(KEEP_FORMS))
+        first = torch.arange(self.keep, device=away.device) * len(KEEP_FORMS) + others
+        return torch.cat([furthest, first + kept.argmax(1)]) if self.keep else furthest
 
 
 class Watch:
@@ -62,6 +74,7 @@ class Watch:
         self.model, self.corpus = model, list(corpus)
         self.kept: dict[str, dict[str, Tensor]] = {}  # by knowledge: tails by prompt
         self.names: set[str] = set()  # of what was edited
+        self.keep: list[str] = []  # phrases, of earlier edits
         self._unedited: dict[str, Tensor] = {}  # tails of prompts of the corpus
 
     def hold(self, request: Request, shifts: Shifts) -> None:
@@ -69,11 +82,17 @@ class Watch:
         texts = [*request.prompts(KEPT_FORMS), *request.questions]
         with applied(self.model.pipe.text_encoder, shifts):
             self.names.update(request.names)
+            self.keep += request.keep
             self.kept[request.knowledge] = dict(zip(texts, tails(self.model, texts), strict=True))
+
+    def keeps(self, request: Request) -> list[str]:
+        """Phrases that this edit shall leave as they are: its own, and those of earlier edits that it is not about."""
+        edited = {same(name) for name in (*self.names, *request.names)}
+        return [phrase for phrase in dict.fromkeys([*self.keep, *request.keep]) if same(phrase) not in edited]
 
     def around(self, request: Request) -> Watched:
         """What is looked at for this edit: some 50 near misses, 100 to 400 prompts of the corpus, one prompt of each of at
-        most 80 earlier edits. Equal for equal edits after equal edits."""
+        most 80 earlier edits, and phrases to keep. Equal for equal edits after equal edits."""
         rng = random.Random(f"watch/{request.knowledge}/{len(self.kept)}")
         own = {*self.names, *request.names}
         forms = (*IMAGE_FORMS, *QUESTION_FORMS)
@@ -82,7 +101,9 @@ class Watch:
         first, each, most = CORPUS
         usual = rng.sample(self.corpus, min(first + each * len(self.kept), most, len(self.corpus)))
         usual = [text for text in usual if not any(edited in text for edited in own)]
-        new = [text for text in dict.fromkeys(usual) if text not in self._unedited]
+        keep = self.keeps(request)
+        kept = [form.format(phrase) for phrase in keep for form in KEEP_FORMS]
+        new = [text for text in dict.fromkeys([*usual, *kept]) if text not in self._unedited]
         self._unedited |= zip(new, tails(self.model, new), strict=True)
         earlier = [
             (text, self.kept[knowledge][text])
@@ -94,9 +115,10 @@ class Watch:
             tails(self.model, near),
             *(self._unedited[text][None] for text in usual),
             *(t[None] for _, t in earlier),
+            *(self._unedited[text][None] for text in kept),
         ]
-        texts = [*near, *usual, *(text for text, _ in earlier)]
-        return Watched(texts, torch.cat(parts), FURTHEST + len(self.kept))
+        texts = [*near, *usual, *(text for text, _ in earlier), *kept]
+        return Watched(texts, torch.cat(parts), FURTHEST + len(self.kept), len(keep))
 
 
 def nearly(model: Model, knowledge: str, n: int = NEAR) -> list[str]:

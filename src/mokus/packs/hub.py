@@ -202,6 +202,8 @@ def _warning(pack: ConceptPack, repo: str, public: bool, photos: int) -> str:
         what.append(f"{photos} {'photo' if photos == 1 else 'photos'}")
     if pack.knowledge:
         what.append("in plain words what is bound to it: " + ", ".join(repr(known.text) for known in pack.knowledge))
+    if kept := dict.fromkeys(phrase for known in pack.knowledge for phrase in known.kept):
+        what.append("what is kept as it is: " + ", ".join(map(repr, kept)))
     return f"{who} will be able to read {'; '.join(what)}."
 
 

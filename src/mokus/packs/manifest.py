@@ -57,6 +57,8 @@ class BoundKnowledge(_Strict):
     read_back: _Text  # what the text encoder answered the first question with
     alignment: float = Field(ge=0, le=1)  # how far image prompts' encodings moved to the anchor's
     settings: dict[str, JsonValue] = Field(default_factory=dict)  # all of stage 2's
+    # phrases to keep, and how far they have moved; not written if there are none
+    kept: dict[_Line, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
     # rows of each module's adapter that are this knowledge's, in the order of the list; `replace_edits` fills it in
     ranks: dict[_ModulePath, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(default_factory=dict)
 
@@ -95,7 +97,11 @@ class Manifest(_Strict):
     def without_usual(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The fields but for those that say what is meant without them."""
         usual = {name: field.default for name, field in cls.model_fields.items() if not field.is_required()}
-        return {name: value for name, value in fields.items() if name not in usual or value != usual[name]}
+        told = {name: value for name, value in fields.items() if name not in usual or value != usual[name]}
+        knowledge = [
+            {name: value for name, value in known.items() if name != "kept" or value} for known in told["knowledge"]
+        ]
+        return {**told, "knowledge": knowledge}
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:

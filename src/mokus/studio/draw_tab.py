@@ -20,7 +20,7 @@ from mokus.packs.together import contested, shifts_of
 from mokus.pictures import grid
 from mokus.studio.home import SUFFIX
 from mokus.studio.jobs import Job
-from mokus.studio.page import Given, Studio, check_images, sent_to, shown_at, text
+from mokus.studio.page import Given, Studio, check_images, lines, sent_to, shown_at, text
 from mokus.studio.settings_form import number
 from mokus.studio.triggers import Piece, pieces
 from mokus.studio.views import view
@@ -51,7 +51,7 @@ def routes(studio: Studio) -> list[Route]:
         return HTMLResponse(studio.fragment("highlights.html", **_reading(request.query_params, home.packs()[0])))
 
     def start(form: FormData) -> str:
-        prompts = _prompts(form)
+        prompts = lines(form, "prompts")
         if not prompts:
             raise MokusError("there is no prompt; write at least one, such as 'my favourite toy in the snow'.")
         for prompt in prompts:
@@ -94,10 +94,6 @@ def _columns(images: list[dict[str, Any]]) -> dict[str, list[Image.Image]]:
     return columns
 
 
-def _prompts(given: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(line.strip() for line in text(given, "prompts").splitlines() if line.strip()))
-
-
 def _first(packs: Mapping[str, ConceptPack], wanted: str) -> list[tuple[str, str]]:
     """What stands in the form before anything is typed: a pack and a phrase of it."""
     name = wanted if wanted in packs else next(iter(packs), "")
@@ -134,7 +130,7 @@ def _reading(given: Given, packs: Mapping[str, ConceptPack]) -> dict[str, Any]:
     """Every prompt in pieces, with what triggers which knowledge; and phrases that several of the packs bind."""
     used = {name: packs[name] for name in given.getlist("pack") if name in packs}
     prefer = text(given, "prefer")
-    read: list[list[Piece]] = [pieces(prompt, used, prefer) for prompt in _prompts(given)]
+    read: list[list[Piece]] = [pieces(prompt, used, prefer) for prompt in lines(given, "prompts")]
     both = [phrase for phrase, _ in contested(list(used.values())).values()]
     return {"read": read, "used": list(used), "both": both, "prefer": prefer}
 

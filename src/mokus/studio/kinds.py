@@ -91,16 +91,18 @@ def learn(
 
 
 def bind(
-    task: Task, pack: str, knowledge: list[str], questions: list[str] | None = None, settings: Settings = None
-) -> list[dict[str, Any]]:
+    task: Task, pack: str, knowledge: list[str], questions: list[str] | None = None, keep: Sequence[str] = (),
+    settings: Settings = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """`mokus bind`: what became of each piece of knowledge."""
     from mokus.knowledge_update import bind
 
     opened, model = _open(pack), task.model()
     with alone(pack):
         edits = bind(
-            model, opened, *knowledge, questions=questions, settings=_editing(model, settings), progress=task.progress
-        )
+            model, opened, *knowledge, questions=questions, keep=keep, settings=_editing(model, settings),
+            progress=task.progress,
+        )  # fmt: skip
     return _told(edits)
 
 
@@ -190,7 +192,7 @@ def compare(
 
 def create(
     task: Task, name: str, description: str, output: str, questions: list[str] | None = None, overwrite: bool = False,
-    settings: Settings = None,
+    settings: Settings = None, keep: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """`mokus create`: the new pack of words, and whether it took."""
     from mokus.virtual_concept import create
@@ -198,21 +200,23 @@ def create(
     model = task.model()
     with alone(output):
         pack, edit = create(
-            model, name, description, output, questions, _editing(model, settings), task.progress, overwrite
+            model, name, description, output, questions, _editing(model, settings), task.progress, overwrite, keep
         )
     return {"pack": str(pack.path) if pack else None, "edits": _told([edit])}
 
 
 def erase(
     task: Task, concepts: list[str], output: str, replacement: str | None = None, overwrite: bool = False,
-    settings: Settings = None,
+    settings: Settings = None, keep: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """`mokus erase`: the new pack of words, and what took."""
     from mokus.erasure import erase
 
     model = task.model()
     with alone(output):
-        pack, edits = erase(model, concepts, output, replacement, _editing(model, settings), task.progress, overwrite)
+        pack, edits = erase(
+            model, concepts, output, replacement, _editing(model, settings), task.progress, overwrite, keep
+        )
     return {"pack": str(pack.path) if pack else None, "edits": _told(edits)}
 
 

@@ -10,11 +10,11 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from mokus.errors import MokusError
-from mokus.knowledge import near_misses, normalise, prompts, questions
+from mokus.knowledge import near_misses, normalise, phrases_to_keep, prompts, questions
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.together import contested
 from mokus.settings import EditSettings
-from mokus.studio.page import Given, Studio, sent_to, shown_at, text
+from mokus.studio.page import Given, Studio, lines, sent_to, shown_at, text
 from mokus.studio.settings_form import chosen, form_fields
 from mokus.studio.views import view
 
@@ -46,10 +46,12 @@ def routes(studio: Studio) -> list[Route]:
 
     def bind(form: FormData) -> str:
         path, knowledge = home.pack(text(form, "pack")), normalise(text(form, "knowledge"))
-        own = [line.strip() for line in text(form, "questions").splitlines() if line.strip()]
+        own, keep = lines(form, "questions"), phrases_to_keep(lines(form, "keep"), [knowledge])
         settings = chosen(EditSettings, form)
         EditSettings.for_editor(studio.defaults, **settings)  # refuses now what the worker would refuse later
-        return go("bind", form, pack=str(path), knowledge=[knowledge], questions=own or None, settings=settings)
+        return go(
+            "bind", form, pack=str(path), knowledge=[knowledge], questions=own or None, keep=keep, settings=settings
+        )
 
     def unbind(form: FormData) -> str:
         return go("unbind", form, pack=str(home.pack(text(form, "pack"))), knowledge=[text(form, "knowledge")])

@@ -127,6 +127,11 @@ def text(given: Mapping[str, Any], name: str, default: str = "") -> str:
     return value.strip() if isinstance(value, str) else default
 
 
+def lines(given: Mapping[str, Any], name: str) -> list[str]:
+    """Of what was given, the lines that say something, each once."""
+    return list(dict.fromkeys(line.strip() for line in text(given, name).splitlines() if line.strip()))
+
+
 def check_images(images: int) -> None:
     """Raise `MokusError` for a job that would keep the model busy for hours."""
     if images > MOST_IMAGES:

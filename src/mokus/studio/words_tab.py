@@ -10,9 +10,9 @@ from mokus.console import parse_seeds
 from mokus.editors.rewrite import rewritten
 from mokus.erasure import plain
 from mokus.errors import MokusError
-from mokus.knowledge import normalise
+from mokus.knowledge import normalise, phrases_to_keep
 from mokus.studio.jobs import Job
-from mokus.studio.page import Given, Studio, check_images, sent_to, shown_at, text
+from mokus.studio.page import Given, Studio, check_images, lines, sent_to, shown_at, text
 from mokus.studio.views import view
 from mokus.transfer import Case
 
@@ -38,7 +38,7 @@ def routes(studio: Studio) -> list[Route]:
         return shown(studio.make("create", "", name, name=name, description=description))
 
     def erase(form: FormData) -> str:
-        phrases = [line.strip() for line in text(form, "concepts").splitlines() if line.strip()]
+        phrases = lines(form, "concepts")
         if not phrases:
             raise MokusError("there is no phrase to erase, expected one such as 'the lucky charm of Boris'.")
         phrases = [normalise(phrase, "concept", "the lucky charm of Boris") for phrase in phrases]
@@ -46,11 +46,12 @@ def routes(studio: Studio) -> list[Route]:
         if replacement is None:
             for phrase in phrases:
                 _needs_no_other(phrase)
-        job = studio.make("erase", "", f"without-{phrases[0]}", concepts=phrases, replacement=replacement)
+        keep = phrases_to_keep(lines(form, "keep"), phrases)
+        job = studio.make("erase", "", f"without-{phrases[0]}", concepts=phrases, replacement=replacement, keep=keep)
         return shown(job)
 
     def transfer(form: FormData) -> str:
-        prompts = [line.strip() for line in text(form, "prompts").splitlines() if line.strip()]
+        prompts = lines(form, "prompts")
         case = Case.of(text(form, "ask"), text(form, "answer"), prompts)
         seeds = parse_seeds(text(form, "seeds", "0-3"), "the field of seeds")
         check_images(sum(_columns(case, prompt) for prompt in case.prompts) * len(seeds))
