@@ -153,6 +153,43 @@ def test_every_weight_counts(pico_folder: Path) -> None:
             assert pipeline.fingerprint(model.pipe) == model.fingerprint
 
 
+def test_the_fingerprint_is_the_same_with_other_versions_of_the_libraries(
+    pico: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newer transformers lists more in a config, elsewhere and under other model types; packs of before still fit."""
+    config = type(pico.pipe.text_encoder.config)
+    listed = config.to_dict
+
+    def newer(self: Any) -> dict[str, Any]:
+        told = listed(self)
+        text = {**told["text_config"], "newly_added": 3, "model_type": "renamed"}
+        rope = text.pop("rope_parameters")
+        return {**told, **rope, "text_config": text, "another_default": None, "transformers_version": "9.0"}
+
+    monkeypatch.setattr(config, "to_dict", newer)
+    assert pipeline.fingerprint(pico.pipe) == pico.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("component", "name", "value"),
+    [("text_encoder", "num_attention_heads", 1), ("text_encoder", "rms_norm_eps", 0.5), ("vae", "latents_mean", [0.5] * 4),
+     ("transformer", "axes_dims_rope", [2, 2, 4])],
+)  # fmt: skip
+def test_what_no_weight_shows_counts_too(
+    pico: Model, monkeypatch: pytest.MonkeyPatch, component: str, name: str, value: Any
+) -> None:
+    whole = getattr(pico.pipe, component)
+    config = whole.config
+    told = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    changed = (
+        {**told, "text_config": {**told["text_config"], name: value}}
+        if "text_config" in told
+        else {**told, name: value}
+    )
+    monkeypatch.setattr(type(whole), "config", property(lambda self: changed), raising=False)
+    assert pipeline.fingerprint(pico.pipe) != pico.fingerprint
+
+
 def test_a_retrained_file_is_another_model(pico: Model, copied: Path) -> None:
     file = next((copied / "text_encoder").glob("*.safetensors"))
     weights = load_file(file)

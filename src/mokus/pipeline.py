@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
@@ -262,16 +262,27 @@ def trimmed(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     return embeds[:, :longest], None if bool((lengths == longest).all()) else mask[:, :longest]
 
 
-def fingerprint(pipe: Any) -> str:
-    """sha256 over the components' configs, the vocabulary, and each weight's name, shape and 64 of its values as bfloat16.
+# What configs say that shows in no weight's shape, by the names that the libraries have kept; the place of a key, and all
+# that a newer version adds with its default, is none of a model's identity.
+_SHAPELESS = {
+    "attention_head_dim", "axes_dims_rope", "hidden_act", "latents_mean", "latents_std", "mrope_section",
+    "num_attention_heads", "num_key_value_heads", "patch_size", "rms_norm_eps", "rope_theta",
+}  # fmt: skip
 
-    Reads a few bytes of each weight only, so it is quick for any model; it does not depend on the dtype loaded, since
-    values that bfloat16 holds survive any of them.
+
+def fingerprint(pipe: Any) -> str:
+    """sha256 over the components' classes and what of their configs weights do not show, the vocabulary, and each weight's name,
+    shape and 64 of its values as bfloat16.
+
+    Reads a few bytes of each weight only, so it is quick for any model. It does not depend on the dtype loaded, since
+    values that bfloat16 holds survive any of them, nor on the libraries' versions, whose configs differ in what they list.
     """
     digest = hashlib.sha256()
     for name in COMPONENTS:
         component = getattr(pipe, name)
-        digest.update(type(component).__name__.encode() + _config(component).encode())
+        config = component.config
+        told = sorted(set(_shapeless(config.to_dict() if hasattr(config, "to_dict") else dict(config))))
+        digest.update(f"{type(component).__name__}{told}".encode())
         for path, weight in sorted(component.state_dict().items()):
             digest.update(f"{name}.{path}{tuple(weight.shape)}".encode())
             flat = weight.flatten()
@@ -281,19 +292,13 @@ def fingerprint(pipe: Any) -> str:
     return digest.hexdigest()
 
 
-def _config(component: Any) -> str:
-    """The config as JSON, without what depends on where and how it was loaded."""
-
-    def plain(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        volatile = ("transformers_version", "dtype", "torch_dtype")
-        return {k: plain(v) for k, v in value.items() if not str(k).startswith("_") and k not in volatile}
-
-    config = component.config
-    return json.dumps(
-        plain(config.to_dict() if hasattr(config, "to_dict") else dict(config)), sort_keys=True, default=str
-    )
+def _shapeless(config: Mapping[str, Any]) -> Iterator[str]:
+    """ "key: value", wherever in the config it stands."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _shapeless(value)
+        elif key in _SHAPELESS and value is not None:
+            yield f"{key}: {json.dumps(value, default=str)}"
 
 
 def device_of(name: str | None) -> torch.device:
