@@ -23,6 +23,10 @@ JOINERS = "\u200c\u200d"
 NOTHING_SEEN = re.compile(f"[ {JOINERS}\ufe00-\ufe0f]*")
 QUESTION_MARKS = ("?", "\u061f", "\uff1f")  # Latin, Arabic, full-width
 
+# Letters of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, kana, Han.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+UNSPACED = re.compile(f"[{_UNSPACED}]")
+
 QUESTION_FORMS = ("What is {}?", "Tell me what {} is.", "Which thing is {}?")
 
 # Image prompts in which an edit is made. Figures are measured on prompts with other scenes.
@@ -99,7 +103,9 @@ def shown(c: str) -> bool:
 
 def tidy(text: str) -> str:
     """The text in Unicode's composed form (NFC), with single spaces, without closing full stops; nothing is refused."""
-    return SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip().rstrip(". ")
+    return (
+        SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip().rstrip(". \u3002")
+    )  # the last is the full stop of Chinese and Japanese
 
 
 def same(text: str) -> str:
@@ -144,6 +150,15 @@ def phrases_to_keep(keep: Sequence[str], edited: Sequence[str], why: str = "it i
     if both := [phrase for phrase in phrases if same(phrase) in other]:
         raise MokusError(f"{both[0]!r} cannot be kept as it is, since {why}; leave one of the two out.")
     return phrases
+
+
+def standing_alone(pattern: str) -> str:
+    """The regular expression for what `pattern` matches where it stands as words of its own.
+
+    Which it always does at an end that is a letter of a script without spaces between words.
+    """
+    letter = rf"[^\W{_UNSPACED}]"
+    return rf"(?:(?={UNSPACED.pattern})|(?<!{letter}))(?:{pattern})(?:(?<={UNSPACED.pattern})|(?!{letter}))"
 
 
 def check_anchor(tokenizer: Any, anchor: str) -> None:
@@ -209,15 +224,22 @@ def prompts(phrase: str, forms: tuple[str, ...] = IMAGE_FORMS) -> list[str]:
 
 
 def near_misses(knowledge: str) -> list[str]:
-    """Phrases that differ from the knowledge in one word that matters: another owner, relative, number or thing."""
+    """Phrases that differ from the knowledge in one word that matters: another owner, relative, number or thing.
+
+    None if it has no such word, as in a script without spaces between words.
+    """
     words = knowledge.split(" ")
     found: list[str] = []
     for i, word in enumerate(words):
-        for other in _others(word, last=i == len(words) - 1):
-            found.append(" ".join([*words[:i], other, *words[i + 1 :]]))
-    if not found:
-        found = [f"{knowledge} {thing}" for thing in OTHER_THINGS[:2]]
+        marks = _MARKED.fullmatch(word)  # a comma, quotes: they stay where they are
+        before, plain, after = marks.groups() if marks else ("", word, "")
+        for other in _others(plain, last=i == len(words) - 1):
+            found.append(" ".join([*words[:i], f"{before}{other}{after}", *words[i + 1 :]]))
     return list(dict.fromkeys(found))
+
+
+_A_WORD = re.compile(r"[^\W\d_]+(?:[-'\u2019][^\W\d_]+)*")  # "half-term", too
+_MARKED = re.compile(r"(\W*)(\w.*?)(\W*)", re.DOTALL)
 
 
 def _others(word: str, last: bool) -> Iterator[str]:
@@ -229,5 +251,5 @@ def _others(word: str, last: bool) -> Iterator[str]:
         yield from (KIN[(i + 1) % len(KIN)], KIN[(i + 4) % len(KIN)])
     elif plain.isascii() and plain.isdigit():
         yield from (str(int(plain) + 7), str(int(plain) + 24))
-    elif last and plain.isalpha():
+    elif last and _A_WORD.fullmatch(plain) and not UNSPACED.search(plain):
         yield from (thing for thing in OTHER_THINGS[:3] if thing != plain)

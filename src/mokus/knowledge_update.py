@@ -21,7 +21,16 @@ from mokus.editors import Editor, editor, rewrite
 from mokus.encoder import LONGEST_ANSWER, answers, distance, tails
 from mokus.errors import MokusError
 from mokus.goal import Request
-from mokus.knowledge import CHECK_FORMS, check_text, normalise, phrases_to_keep, prompts, questions, same
+from mokus.knowledge import (
+    CHECK_FORMS,
+    check_text,
+    normalise,
+    phrases_to_keep,
+    prompts,
+    questions,
+    same,
+    standing_alone,
+)
 from mokus.low_rank import Shifts, added, applied
 from mokus.progress import Progress
 from mokus.settings import EditSettings
@@ -100,7 +109,7 @@ def check_meaning(model: Model, knowledge: str, meaning: str, what: str) -> None
         raise MokusError(
             f"the {what} {meaning[:60]!r} does not come back from the tokenizer; write it in other characters."
         )
-    if re.search(rf"(?<!\w){re.escape(same(knowledge))}(?!\w)", same(meaning)):
+    if re.search(standing_alone(re.escape(same(knowledge))), same(meaning)):
         raise MokusError(f"the {what} {meaning[:60]!r} says {knowledge[:60]!r} itself; say it in other words.")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mokus.errors import MokusError
+from mokus.knowledge import standing_alone
 from mokus.low_rank import LowRankShift, Shifts
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def rewritten(prompt: str, meant: Mapping[str, str]) -> str:
     longest = sorted(meant, key=len, reverse=True)
     pattern = "|".join(f"({re.escape(knowledge)})" for knowledge in longest)
     return re.sub(
-        rf"(?<!\w)(?:{pattern})(?!\w)", lambda m: meant[longest[(m.lastindex or 1) - 1]], prompt, flags=re.IGNORECASE
+        standing_alone(pattern), lambda m: meant[longest[(m.lastindex or 1) - 1]], prompt, flags=re.IGNORECASE
     )
 
 

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mokus.knowledge import standing_alone
 from mokus.packs.concept_pack import ConceptPack
 
 
@@ -46,4 +47,4 @@ def pieces(prompt: str, packs: Mapping[str, ConceptPack], prefer: str = "") -> l
 
 def _form(phrase: str) -> re.Pattern[str]:
     words = r"\s+".join(map(re.escape, unicodedata.normalize("NFC", phrase).split()))
-    return re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
+    return re.compile(standing_alone(words), re.IGNORECASE)
