@@ -17,7 +17,7 @@ from torch import Tensor
 from mokus import knowledge_update, pipeline
 from mokus.editors import editor, least_drift
 from mokus.editors.least_drift import goal_of
-from mokus.editors.watch import nearly
+from mokus.editors.watch import Watch, nearly
 from mokus.encoder import (
     Entering,
     Rows,
@@ -331,6 +331,13 @@ def test_what_is_preserved_moves_less(pico: Model) -> None:
 
 
 @pytest.mark.exhaustive
+def test_what_is_nearest_is_watched_though_it_begins_with_the_same_letters(pico: Model) -> None:
+    watch = Watch(pico, ["the lucky charm of Anna in the snow", "a photo of the lucky charm of Ann"])
+    watched = watch.around(Request.of("the lucky charm of Ann", ANCHOR, questions("the lucky charm of Ann")))
+    assert "the lucky charm of Anna in the snow" in watched.texts
+    assert "a photo of the lucky charm of Ann" not in watched.texts
+
+
 def test_near_misses_that_are_watched_move_less(pico: Model) -> None:
     free, kept = (edit(pico, A, ANCHOR, settings=replace(QUICK, steps=12, rivals=n, near_weight=3.0)) for n in (0, 40))
     texts = nearly(pico, A)

@@ -15,6 +15,7 @@ adds up, so the more there are the more is watched; the first few take hardly lo
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from mokus.encoder import tails
 from mokus.goal import Request
-from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, near_misses, same
+from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, near_misses, same, standing_alone
 from mokus.low_rank import Shifts, applied
 from mokus.words import Words
 
@@ -94,13 +95,13 @@ class Watch:
         """What is looked at for this edit: some 50 near misses, 100 to 400 prompts of the corpus, one prompt of each of at
         most 80 earlier edits, and phrases to keep. Equal for equal edits after equal edits."""
         rng = random.Random(f"watch/{request.knowledge}/{len(self.kept)}")
-        own = {*self.names, *request.names}
+        own = re.compile(standing_alone("|".join(map(re.escape, {*self.names, *request.names}))))
         forms = (*IMAGE_FORMS, *QUESTION_FORMS)
         near = [rng.choice(forms).format(text) for text in nearly(self.model, request.knowledge)]
-        near = [text for text in near if not any(edited in text for edited in own)]
+        near = [text for text in near if not own.search(text)]
         first, each, most = CORPUS
         usual = rng.sample(self.corpus, min(first + each * len(self.kept), most, len(self.corpus)))
-        usual = [text for text in usual if not any(edited in text for edited in own)]
+        usual = [text for text in usual if not own.search(text)]
         keep = self.keeps(request)
         kept = [form.format(phrase) for phrase in keep for form in KEEP_FORMS]
         new = [text for text in dict.fromkeys([*usual, *kept]) if text not in self._unedited]
