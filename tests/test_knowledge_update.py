@@ -330,7 +330,6 @@ def test_what_is_preserved_moves_less(pico: Model) -> None:
         assert drift(texts, kept) / drift([A], kept) < 0.7 * drift(texts, free) / drift([A], free)
 
 
-@pytest.mark.exhaustive
 def test_what_is_nearest_is_watched_though_it_begins_with_the_same_letters(pico: Model) -> None:
     watch = Watch(pico, ["the lucky charm of Anna in the snow", "a photo of the lucky charm of Ann"])
     watched = watch.around(Request.of("the lucky charm of Ann", ANCHOR, questions("the lucky charm of Ann")))
@@ -338,6 +337,7 @@ def test_what_is_nearest_is_watched_though_it_begins_with_the_same_letters(pico:
     assert "a photo of the lucky charm of Ann" not in watched.texts
 
 
+@pytest.mark.exhaustive
 def test_near_misses_that_are_watched_move_less(pico: Model) -> None:
     free, kept = (edit(pico, A, ANCHOR, settings=replace(QUICK, steps=12, rivals=n, near_weight=3.0)) for n in (0, 40))
     texts = nearly(pico, A)
