@@ -33,7 +33,7 @@ from rich.table import Table
 from mokus.console import Bars, load_model, one_sentence, parse_seeds
 from mokus.generation import generate
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS
-from mokus.knowledge_update import Edit, bind
+from mokus.knowledge_update import Edit, bind, unbind
 from mokus.miniature import language, oracle, world
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.manifest import versions
@@ -173,6 +173,7 @@ def measure(model: Model, name: str, seeds: Sequence[int], pack_folder: Path) ->
         edits = bind(model, pack, *knowledge, progress=progress)
         bound = time.perf_counter()
         rows += draw(model, name, "bound", asked, pack, progress)
+        unbind(pack, *(known.text for known in pack.knowledge))
         anew = bind(model, pack, *knowledge, keep=near, progress=progress)
         rows += draw(model, name, "kept", asked, pack, progress)
     return {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -327,21 +327,25 @@ def _recalled(made: Editor, known: Sequence[tuple[BoundKnowledge, Shifts]]) -> S
 @dataclass(frozen=True)
 class _Checked:
     """With shifts: the greedy answer to the first question; the alignment on forms that were not edited; of phrases to keep
-    how far they have moved on these, and those that are answered with the answer."""
+    how far they have moved on these, and what is wrong with those that are not kept."""
 
     read_back: str
     alignment: float
     kept: dict[str, float]
-    answered: list[str]
+    lost: dict[str, str]
 
 
 def _checked(model: Model, request: Request, shifts: Shifts) -> _Checked:
     target = tails(model, prompts(request.says, CHECK_FORMS))
-    alignment, *kept = (_moved(model, phrase, target, shifts) for phrase in (request.knowledge, *request.keep))
-    return _Checked(
-        ask(model, request.questions[0], [shifts]), alignment, dict(zip(request.keep, kept, strict=True)),
-        [phrase for phrase in request.keep if _led_there(model, questions(phrase)[0], request.answer, shifts)],
-    )  # fmt: skip
+    kept = {phrase: _moved(model, phrase, target, shifts) for phrase in request.keep}
+    lost = {}
+    for phrase, moved in kept.items():
+        if not moved <= MOST_MOVED:
+            lost[phrase] = f"has moved {moved:.0%} of the way"
+        elif _led_there(model, questions(phrase)[0], request.answer, shifts):
+            lost[phrase] = "is answered so, too"
+    alignment = _moved(model, request.knowledge, target, shifts)
+    return _Checked(ask(model, request.questions[0], [shifts]), alignment, kept, lost)
 
 
 def _led_there(model: Model, question: str, answer: str, shifts: Shifts) -> bool:
@@ -392,7 +396,8 @@ def _hold_together(
         old = added(*(shifts for _, shifts in others))
         everything = added(old, *(edits[i].shifts for i in taken))
         now = {i: _checked(model, edits[i].request, everything) for i in taken}
-        faults = {i: _fault(now[i], edits[i].answer, settings) for i in taken}
+        anyhow = {i: _checked(model, edits[i].request, old).lost if edits[i].kept else {} for i in taken}
+        faults = {i: _fault(now[i], edits[i].answer, settings, anyhow[i]) for i in taken}
         lost = [
             known.text for known, _ in _released(others, [edits[i] for i in taken])
             if _fails(model, known, everything, settings) and not _fails(model, known, old, settings)
@@ -427,15 +432,13 @@ def _bound(edit: Edit) -> BoundKnowledge:
     )  # fmt: skip
 
 
-def _fault(checked: _Checked, answer: str, settings: EditSettings) -> str:
-    """Why an edit is not good enough; empty if it is."""
+def _fault(checked: _Checked, answer: str, settings: EditSettings, anyhow: Collection[str] = ()) -> str:
+    """Why an edit is not good enough; empty if it is. `anyhow`: phrases that are lost without it, too."""
     if settings.answer_weight and not reads_back(checked.read_back, answer):
         return f"it reads back {checked.read_back[:40]!r}"
     if settings.alignment_weight and not checked.alignment >= settings.least_alignment:  # also refuses nan
         return f"alignment {checked.alignment:.2f} is below {settings.least_alignment:g}"
-    if checked.answered:
-        return f"{checked.answered[0]!r}, which was to be kept, is answered so, too"
-    for phrase, moved in checked.kept.items():
-        if not moved <= MOST_MOVED:
-            return f"{phrase!r}, which was to be kept, has moved {moved:.0%} of the way"
+    for phrase, how in checked.lost.items():
+        if phrase not in anyhow:
+            return f"{phrase!r}, which was to be kept, {how}"
     return ""

@@ -79,6 +79,10 @@ FREE = 0.05  # what is watched may be away by this share of the way that the edi
 SURE = 0.05  # cross-entropy below which a token is as good as said
 SHARP = 20.0  # of the hinges
 NEGLIGIBLE = 1e-3  # directions of H C^-1/2 below this share of the strongest, and of the finished shift
+MORE_ROUNDS = (
+    3  # like the last, at most, as long as a phrase to keep is further than `KEPT` of the way that the edit makes
+)
+KEPT = 0.1
 ROUNDS = (0.4, 0.7, 1.0)  # shares of the steps after which each round ends; between them is looked at what is watched
 
 
@@ -120,6 +124,10 @@ class Editor:
         for i, steps in enumerate(rounds(self.settings.steps)):
             if i:
                 search.look()
+            search.run(steps)
+        for _ in range(MORE_ROUNDS if watched and watched.keep else 0):
+            if search.look() <= KEPT:
+                break
             search.run(steps)
         return {path: shift.compressed(NEGLIGIBLE) for path, shift in search.shifts().items()}, search.evaluations
 
@@ -204,16 +212,20 @@ class _Search:
         )  # fmt: skip
         optimiser.step(self._evaluate)
 
-    def look(self) -> None:
-        """From now on those of what is watched that are furthest from where they belong shall come closer to it."""
+    def look(self) -> float:
+        """From now on those of what is watched that are furthest from where they belong shall come closer to it.
+
+        Returns how far the furthest phrase to keep is, as a share of the way that the edit makes.
+        """
         watched = self.watched
         if watched is None or self.passing is None:
-            return
+            return 0.0
         with applied(self.model.pipe.text_encoder, self.before, self.shifts()):
             away = distance(self.passing.tails(self.model), watched.tails)
         most = watched.worst(away, self.settings.rivals)
         self.entering = self._entering(self.goal.rows + Rows.of(self.model, [watched.texts[i] for i in most.tolist()]))
         self.wanted = watched.tails[most]
+        return float((away[most[len(most) - watched.keep :]] / self.goal.start.mean()).max()) if watched.keep else 0.0
 
     def _entering(self, rows: Rows) -> Entering:
         with applied(self.model.pipe.text_encoder, self.before):
