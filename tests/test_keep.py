@@ -196,6 +196,35 @@ def test_later_knowledge_that_moves_what_a_pack_keeps_does_not_take(
     assert tree(pack.path) == there
 
 
+def test_an_edit_is_not_blamed_for_what_is_lost_without_it(
+    pico: Model, pack: ConceptPack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bind(pico, pack, "my toy", settings=WATCHED)
+    measured = knowledge_update._moved
+
+    def moved(model: Model, phrase: str, target: Tensor, shifts: Shifts) -> float:
+        return 0.9 * bool(shifts) if phrase == "your toy" else measured(model, phrase, target, shifts)
+
+    monkeypatch.setattr(knowledge_update, "_moved", moved)
+    [made] = bind(pico, pack, "the lamp", keep=["your toy"], settings=WATCHED)
+    assert made.taken and made.kept == {"your toy": 0.9}  # which is said, and was so before
+    unbind(pack, "my toy", "the lamp")
+    [refused] = bind(pico, pack, "the lamp", keep=["your toy"], settings=WATCHED)
+    assert not refused.taken and refused.reason == "'your toy', which was to be kept, has moved 90% of the way"
+
+
+def test_an_edit_goes_on_only_while_a_phrase_to_keep_is_too_far(pico: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, plain = least_drift.Editor(pico, WATCHED), Request.of("the lamp", ANCHOR, questions("the lamp"))
+    most = WATCHED.steps + 3 * len(least_drift.rounds(WATCHED.steps))  # a round evaluates at most three times more
+
+    def evaluations(keep: tuple[str, ...], enough: float) -> int:
+        monkeypatch.setattr(least_drift, "KEPT", enough)
+        return made.edit(replace(plain, keep=keep), {})[1]
+
+    assert evaluations((), -1.0) <= most and evaluations(("your toy",), 1e9) <= most
+    assert evaluations(("your toy",), -1.0) > evaluations(("your toy",), 1e9)
+
+
 def test_words_and_erasures_keep_phrases_too(pico: Model, tmp_path: Path) -> None:
     made, one = create(pico, "Zorblax", "a green star", tmp_path / "z.pack", settings=WATCHED, keep=["Zorblat"])
     gone, _ = erase(pico, ["the charm of Boris"], tmp_path / "e.pack", settings=WATCHED, keep=["the charm of Ben"])

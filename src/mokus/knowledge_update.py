@@ -303,7 +303,8 @@ def edit(
         made = made or editor(settings.editor)(model, settings)
         shifts, steps = made.edit(wanted, before)
         checked = _checked(model, wanted, added(before, shifts))
-    reason = _fault(checked, answer, settings)
+        anyhow = _checked(model, wanted, before).lost if checked.lost and before else {}
+    reason = _fault(checked, answer, settings, anyhow)
     shifts = {path: shift.to("cpu") for path, shift in shifts.items()}
     seconds = time.perf_counter() - began
     return Edit(
@@ -396,7 +397,7 @@ def _hold_together(
         old = added(*(shifts for _, shifts in others))
         everything = added(old, *(edits[i].shifts for i in taken))
         now = {i: _checked(model, edits[i].request, everything) for i in taken}
-        anyhow = {i: _checked(model, edits[i].request, old).lost if edits[i].kept else {} for i in taken}
+        anyhow = {i: _checked(model, edits[i].request, old).lost if now[i].lost else {} for i in taken}
         faults = {i: _fault(now[i], edits[i].answer, settings, anyhow[i]) for i in taken}
         lost = [
             known.text for known, _ in _released(others, [edits[i] for i in taken])
