@@ -336,6 +336,38 @@ def test_a_pack_that_is_there_is_replaced_only_if_it_is_said(
     assert not learn(pico, images, ANCHOR, tmp_path / "a.pack", settings=QUICK, overwrite=True).knowledge
 
 
+def test_a_pack_that_came_there_meanwhile_is_not_replaced_and_what_was_learned_is_kept(
+    pico: Model, images: list[Image.Image], plain: ConceptPack, pico_pack: PackFactory, tmp_path: Path
+) -> None:
+    output = tmp_path / "a.pack"
+
+    def meanwhile(what: str, done: int, *_: Any) -> None:
+        if what == "learning" and done == QUICK.steps:
+            pico_pack(output)
+
+    steps: list[int] = []
+    with pytest.raises(MokusError, match=r"overwrite=True.*--resume"):
+        learn(pico, images, ANCHOR, output, settings=QUICK, progress=meanwhile)
+    before = tree(output)
+    assert ConceptPack.open(output).knowledge and checkpoint(output).is_file()
+    more: dict[str, Any] = {
+        "settings": QUICK, "resume": True,
+        "progress": lambda what, done, *_: steps.append(done) if what == "learning" else None,
+    }  # fmt: skip
+    with pytest.raises(MokusError, match="overwrite=True"):
+        learn(pico, images, ANCHOR, output, **more)
+    kept = checkpoint(output).read_bytes()
+    assert tree(output) == before
+    assert tree(learn(pico, images, ANCHOR, output, overwrite=True, **more).path) == tree(plain.path)
+    assert not checkpoint(output).parent.exists()
+    # or the other pack goes elsewhere
+    output.rename(tmp_path / "b.pack")
+    checkpoint(output).parent.mkdir()
+    checkpoint(output).write_bytes(kept)
+    assert tree(learn(pico, images, ANCHOR, output, **more).path) == tree(plain.path)
+    assert steps == []
+
+
 def test_only_the_same_run_is_resumed(pico: Model, images: list[Image.Image], tmp_path: Path) -> None:
     output = tmp_path / "a.pack"
     with pytest.raises(MokusError, match="nothing to resume"):

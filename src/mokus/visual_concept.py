@@ -69,7 +69,8 @@ def learn(
 ) -> ConceptPack:
     """Learn the concept on the photos as `anchor` ("sks toy") and write its pack, without any knowledge, to `output`.
 
-    A pack that is there is replaced, and the knowledge in it, only if `overwrite` says so.
+    A pack that is there is replaced, and the knowledge in it, only if `overwrite` says so. If one came there meanwhile, what was
+    learned is kept in the checkpoint, from which `resume` writes it.
 
     `photos` is a folder or images. With a `class_word` ("toy") the anchor may be any phrase, as in DreamBooth without a
     rare token, but is then no good answer for `bind`. `resume` goes on from where a stopped run with the same input and
@@ -117,11 +118,8 @@ def learn(
             except Stopped:
                 run.keep(step)
                 raise
-        lora = run.lora()
+        run.write(output, overwrite)
     if team.first:
-        ConceptPack.create(
-            output, model=model, anchor=anchor, word=word, lora=lora, settings=run.recorded(), samples=run.previews
-        )
         checkpoint.remove(run.file)
     team.wait()
     return ConceptPack.open(Path(output))
@@ -292,6 +290,25 @@ class _Run:
                 f"transformer.{key}": (value * scale if "lora_B" in key else value).detach().float().cpu().contiguous()
                 for key, value in state.items()
             }
+
+    def write(self, output: Path | str, overwrite: bool) -> None:
+        """Write the pack. Raises `MokusError` if its place was taken meanwhile; what was learned is kept in the checkpoint."""
+        lora, model, given = self.lora(), self.model, self.material
+        try:
+            with self.team.by_the_first() as mine:
+                if mine:
+                    ConceptPack.create(
+                        output, model=model, anchor=given.anchor, word=given.word, lora=lora, settings=self.recorded(),
+                        samples=self.previews, overwrite=overwrite,
+                    )  # fmt: skip
+        except MokusError as error:
+            if not self.team.keeps:
+                raise
+            self.keep(self.settings.steps)
+            raise MokusError(
+                f"{error} What was learned is kept in {self.file.parent}: take away what is in the pack's place, or say "
+                "--overwrite, and the same command with --resume writes it there without learning it again."
+            ) from error
 
     @torch.no_grad()
     def preview(self, step: int) -> None:

@@ -176,7 +176,12 @@ def check_place(path: str | Path) -> None:
 def check_free(path: str | Path, overwrite: bool) -> None:
     """`check_place`, and that an older pack is replaced only if it is said."""
     check_place(path)
-    if not overwrite and (Path(path) / MANIFEST).is_file():
+    refuse_pack(Path(path), overwrite)
+
+
+def refuse_pack(path: Path, overwrite: bool) -> None:
+    """Raise `MokusError` if a pack is there, unless it is said that it may be replaced."""
+    if not overwrite and (path / MANIFEST).is_file():
         raise MokusError(
             f"{path} is a concept pack already; name another folder, or replace it by --overwrite (in Python overwrite=True)."
         )
