@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def learn(
 
     Raises `MokusError` for photos, an anchor or a place that cannot be used, and if the loss is no longer finite; the last good
     weights are then kept in the checkpoint that `resume` goes on from, at another learning rate if you like; the pack then names
-    all of them.
+    all of them. Also, at once, while another run learns for the same `output`.
     """
     anchor = normalise(anchor, "anchor", "sks toy")
     if class_word is None:
@@ -107,21 +107,24 @@ def learn(
         )
     run = _Run(model, loaded, anchor, word, Path(output), settings, team)
     if resume:
-        run.resume()
-    watch = progress or silent
-    for part in run.material.gather():
-        watch(*part)
-    with run.adapter():
-        for step, loss in run.train():
-            try:
-                watch("learning", step, settings.steps, {"loss": loss})
-            except Stopped:
-                run.keep(step)
-                raise
-        run.write(output, overwrite)
-    if team.first:
-        checkpoint.remove(run.file)
-    team.wait()
+        checkpoint.check_there(run.file)
+    with run.alone():
+        if resume:
+            run.resume()
+        watch = progress or silent
+        for part in run.material.gather():
+            watch(*part)
+        with run.adapter():
+            for step, loss in run.train():
+                try:
+                    watch("learning", step, settings.steps, {"loss": loss})
+                except Stopped:
+                    run.keep(step)
+                    raise
+            run.write(output, overwrite)
+        if team.first:
+            checkpoint.remove(run.file)
+        team.wait()
     return ConceptPack.open(Path(output))
 
 
@@ -168,6 +171,15 @@ class _Run:
         self.previews: dict[str, Image.Image] = {}
         # learning rates, each behind the number of the first step that was made at it
         self.rates: list[list[float]] = []
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other run learns for the same output. Raises `MokusError` in all processes if one does."""
+        with ExitStack() as stack:
+            with self.team.by_the_first() as mine:
+                if mine:
+                    stack.enter_context(checkpoint.held(self.file))
+            yield
 
     @contextmanager
     def adapter(self) -> Iterator[None]:
