@@ -117,8 +117,13 @@ def finish_swap(place: Path) -> None:
 
 
 def clear(place: Path) -> None:
-    """Take away what earlier writers left when they were killed; only under the lock."""
+    """Take away what earlier writers of a pack left when they were killed; only under the lock."""
     _discard(_aside(place))
+    clear_begun(place)
+
+
+def clear_begun(place: Path) -> None:
+    """Take away what was begun for this place and not finished, by writers that were killed; only under the lock."""
     left = re.compile(rf"\.{re.escape(place.name)}\.[0-9]+\.tmp")
     for path in place.parent.iterdir():
         if left.fullmatch(path.name):
