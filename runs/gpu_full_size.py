@@ -316,7 +316,7 @@ class Measurement:
         used = {name: value for name, value in chosen.items() if name in settings_used(editor)}
         settings = EditSettings.for_editor(model.defaults, editor=editor, **used)
         self.pack = self.pack or ConceptPack.create(
-            self.folder / "empty.pack", model=model, anchor=ANCHOR, lora={}, settings={}
+            self.folder / "empty.pack", model=model, anchor=ANCHOR, lora={}, settings={}, overwrite=True
         )
         knowledge = KNOWLEDGE[: self.asked.pieces]
         edits = mokus.bind(model, self.pack, *knowledge, settings=settings, keep_all=True, progress=marks)

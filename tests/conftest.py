@@ -148,8 +148,9 @@ def pico_pack(pico: pipeline.Model) -> PackFactory:
         samples = {"0-anchor.png": Image.new("RGB", (SIZE, SIZE), (seed, 100, 200))}
         lora = random_lora(pico, seed=seed)
         pack = ConceptPack.create(
-            path, model=pico, anchor=anchor, lora=lora, settings={"seed": seed, "targets": ATTENTION}, samples=samples
-        )
+            path, model=pico, anchor=anchor, lora=lora, settings={"seed": seed, "targets": ATTENTION}, samples=samples,
+            overwrite=True,
+        )  # fmt: skip
         if knowledge:
             pack.replace_edits([
                 (known(text, anchor), random_shifts(pico, seed=seed + i)) for i, text in enumerate(knowledge)

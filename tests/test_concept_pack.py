@@ -160,6 +160,16 @@ def test_nothing_but_packs_is_overwritten(tmp_path: Path, pico_pack: PackFactory
         }
 
 
+def test_a_pack_is_replaced_only_if_it_is_said(tmp_path: Path, pico: Model, pico_pack: PackFactory) -> None:
+    """Asked again under the lock: `check_free` was, hours before."""
+    before = tree(pico_pack(tmp_path / "a.pack").path)
+    given: dict[str, Any] = {"model": pico, "anchor": "a stone", "lora": {}, "settings": {}}
+    with pytest.raises(MokusError, match="overwrite=True"):
+        ConceptPack.create(tmp_path / "a.pack", **given)
+    assert tree(tmp_path / "a.pack") == before
+    assert ConceptPack.create(tmp_path / "a.pack", **given, overwrite=True).anchor == "a stone"
+
+
 def test_no_pack_is_written_inside_another(tmp_path: Path, pico_pack: PackFactory) -> None:
     outer, other = pico_pack(tmp_path / "a.pack"), pico_pack(tmp_path / "b.pack")
     (tmp_path / "link").symlink_to(outer.path)
@@ -615,7 +625,11 @@ def test_packs_for_other_models(tmp_path: Path, pico: Model, pico_pack: PackFact
         ConceptPack.open(pack.path).check_base(pico)
     lora = {k.replace("blocks.1", "blocks.9"): v for k, v in random_lora(pico).items()}
     with pytest.raises(MokusError, match=r"blocks\.9\.attn"):
-        ConceptPack.create(pack.path, model=pico, anchor="sks toy", lora=lora, settings={}).check_base(pico)
+        ConceptPack.create(pack.path, model=pico, anchor="sks toy", lora=lora, settings={}, overwrite=True).check_base(
+            pico
+        )
     wide = {k: torch.zeros(2, 999) if k.endswith("lora_A.weight") else v for k, v in random_lora(pico).items()}
     with pytest.raises(MokusError, match="999"):
-        ConceptPack.create(pack.path, model=pico, anchor="sks toy", lora=wide, settings={}).check_base(pico)
+        ConceptPack.create(pack.path, model=pico, anchor="sks toy", lora=wide, settings={}, overwrite=True).check_base(
+            pico
+        )

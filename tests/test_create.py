@@ -287,3 +287,10 @@ def test_the_miniature_draws_what_a_name_means(miniature: Model, tmp_path: Path)
     images = [each.image for each in generate(miniature, "Zorblax in the forest", packs=[pack], seeds=[0, 1])]
     read = [(labels["colour"], labels["shape"], labels["scene"]) for labels in oracle.load().read(images)]
     assert read.count(("green", "star", "in the forest")) == 2
+
+
+def test_a_pack_that_came_there_meanwhile_is_not_replaced(pico: Model, pico_pack: PackFactory, tmp_path: Path) -> None:
+    place = tmp_path / "a.pack"
+    with pytest.raises(MokusError, match="overwrite=True"):
+        create(pico, "Zorblax", GREEN, place, settings=QUICK, progress=lambda *_: place.exists() or pico_pack(place))
+    assert ConceptPack.open(place).lora()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.low_rank import LowRankShift, applied
 from mokus.packs.concept_pack import LORA, MANIFEST, README, ConceptPack
-from mokus.packs.export import TARGETS, Exported, export, stored_dtype
+from mokus.packs.export import TARGETS, Exported, _folder, export, stored_dtype
+from mokus.packs.files import locked_place
 from mokus.pipeline import Model
 
 from .conftest import SIZE, STEPS, PackFactory, known, random_shifts
@@ -408,5 +411,29 @@ def test_nothing_is_left_of_an_export_that_failed(
     monkeypatch.setattr(type(pico.pipe), "save_pretrained", full_disk)
     with pytest.raises(OSError, match="No space"):
         export(pack, "merged", tmp_path / "merged", pico)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".merged.lock"]
     assert all(torch.equal(before[key], weight) for key, weight in pico.pipe.text_encoder.state_dict().items())
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(tmp_path: Path, pack: ConceptPack) -> None:
+    """As large as a model, and hidden. But nothing of other names, nor a pack whose writing was cut off."""
+    left = {name: tmp_path / name for name in (".toy.123.tmp", ".toy.b.123.tmp", ".toy.old")}
+    for folder in left.values():
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    export(pack, "comfyui", tmp_path / "toy")
+    assert {path.name for path in tmp_path.iterdir()} == {"toy", ".toy.lock", ".toy.b.123.tmp", ".toy.old"}
+
+
+def test_what_a_living_export_writes_is_left_to_it(
+    tmp_path: Path, pack: ConceptPack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mokus.packs.export.locked_place", partial(locked_place, seconds=0.05))
+    with ThreadPoolExecutor() as other, _folder(tmp_path / "toy") as beside:
+        with pytest.raises(MokusError, match="another process"):
+            other.submit(export, pack, "comfyui", tmp_path / "toy").result(60)
+        assert beside.is_dir()
+        (beside / "model.safetensors").write_bytes(b"whole")
+    with pytest.raises(MokusError, match="exists already"):
+        export(pack, "comfyui", tmp_path / "toy")
+    assert [path.name for path in (tmp_path / "toy").iterdir()] == ["model.safetensors"]

@@ -11,6 +11,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +26,8 @@ from typer.testing import CliRunner
 
 from mokus import pipeline
 from mokus.cli import app
+from mokus.errors import MokusError
+from mokus.packs import hub as hub_of
 from mokus.packs.concept_pack import LORA, MANIFEST, README, ConceptPack
 from mokus.pipeline import Model
 
@@ -398,6 +401,37 @@ def test_pulls_that_are_refused(hub: Hub, tmp_path: Path, pack: ConceptPack, mon
     refused("pull", "me/toy", "-o", pack.path, told="exists already")
     monkeypatch.setenv("HF_TOKEN", "hf_somebody_else")
     refused("pull", "me/toy", "-o", place, told="that you may read")
+
+
+def test_what_a_killed_pull_left_goes_with_the_next_one(hub: Hub, tmp_path: Path, pack: ConceptPack) -> None:
+    assert run("push", pack.path, "me/toy").exit_code == 0
+    for place in (tmp_path / "new.pack", tmp_path / "folder" / "more.pack"):
+        left = tmp_path / f".{place.name}.123.tmp"
+        left.mkdir()
+        (left / LORA).write_bytes(b"half")
+        assert run("pull", "me/toy", "-o", place).exit_code == 0
+        assert not left.exists() and tree(place) == tree(pack.path)
+
+
+def test_what_is_being_pulled_is_not_cleared_away(
+    hub: Hub, tmp_path: Path, pack: ConceptPack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whoever makes a pack of that name meanwhile: it has to wait."""
+    assert run("push", pack.path, "me/toy").exit_code == 0
+    real, waited = hub_of.parse, []
+
+    def parse(*arguments: Any) -> Any:
+        def writing() -> None:
+            with ConceptPack.lock_place(tmp_path / "new.pack", 0.05):
+                pass
+
+        with ThreadPoolExecutor() as other, pytest.raises(MokusError, match="another process"):
+            waited.append(1)
+            other.submit(writing).result(60)
+        return real(*arguments)
+
+    monkeypatch.setattr(hub_of, "parse", parse)
+    assert run("pull", "me/toy", "-o", tmp_path / "new.pack").exit_code == 0 and waited
 
 
 def test_a_hub_that_does_not_answer(

@@ -7,8 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +26,9 @@ from mokus.errors import MokusError
 from mokus.miniature import world
 from mokus.pipeline import Model
 from mokus.settings import LearnSettings
+from mokus.training import checkpoint
 from mokus.training.processes import Processes
-from mokus.training.trainers import Alone
+from mokus.training.trainers import Alone, Together
 
 from .conftest import ATTENTION, SIZE
 
@@ -148,6 +154,32 @@ class _Part(Alone):
 
     def __init__(self, index: int, count: int) -> None:
         self.index, self.count = index, count
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_the_first_process_is_refused_is_refused_to_all(tmp_path: Path, refused: bool) -> None:
+    """So none waits for it for ever: here for the lock of a training."""
+    meeting, said = Barrier(2, timeout=60), ["", ""]
+
+    def gathered(index: int, mine: list[str]) -> list[str]:
+        said[index] = mine[0]
+        meeting.wait()
+        return said
+
+    def one(index: int) -> str:
+        team = object.__new__(Together)
+        team.first, team.processes = index == 0, SimpleNamespace(gathered=partial(gathered, index))  # type: ignore[assignment]
+        run = SimpleNamespace(team=team, file=checkpoint.checkpoint_of(tmp_path / "a.pack"))
+        try:
+            with visual_concept._Run.alone(run):  # type: ignore[arg-type]
+                return "learned"
+        except MokusError as error:
+            return str(error)
+
+    another = checkpoint.held(checkpoint.checkpoint_of(tmp_path / "a.pack")) if refused else nullcontext()
+    with another, ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(one, range(2))
+    assert first == second and ("already learning" in first if refused else first == "learned")
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -336,10 +339,43 @@ def test_a_pack_that_is_there_is_replaced_only_if_it_is_said(
     assert not learn(pico, images, ANCHOR, tmp_path / "a.pack", settings=QUICK, overwrite=True).knowledge
 
 
+def test_a_pack_that_came_there_meanwhile_is_not_replaced_and_what_was_learned_is_kept(
+    pico: Model, images: list[Image.Image], plain: ConceptPack, pico_pack: PackFactory, tmp_path: Path
+) -> None:
+    output = tmp_path / "a.pack"
+
+    def meanwhile(what: str, done: int, *_: Any) -> None:
+        if what == "learning" and done == QUICK.steps:
+            pico_pack(output)
+
+    steps: list[int] = []
+    with pytest.raises(MokusError, match=r"overwrite=True.*--resume"):
+        learn(pico, images, ANCHOR, output, settings=QUICK, progress=meanwhile)
+    before = tree(output)
+    assert ConceptPack.open(output).knowledge and checkpoint(output).is_file()
+    more: dict[str, Any] = {
+        "settings": QUICK, "resume": True,
+        "progress": lambda what, done, *_: steps.append(done) if what == "learning" else None,
+    }  # fmt: skip
+    with pytest.raises(MokusError, match="overwrite=True"):
+        learn(pico, images, ANCHOR, output, **more)
+    kept = checkpoint(output).read_bytes()
+    assert tree(output) == before
+    assert tree(learn(pico, images, ANCHOR, output, overwrite=True, **more).path) == tree(plain.path)
+    assert not checkpoint(output).parent.exists()
+    # or the other pack goes elsewhere
+    output.rename(tmp_path / "b.pack")
+    checkpoint(output).parent.mkdir()
+    checkpoint(output).write_bytes(kept)
+    assert tree(learn(pico, images, ANCHOR, output, **more).path) == tree(plain.path)
+    assert steps == []
+
+
 def test_only_the_same_run_is_resumed(pico: Model, images: list[Image.Image], tmp_path: Path) -> None:
     output = tmp_path / "a.pack"
     with pytest.raises(MokusError, match="nothing to resume"):
-        learn(pico, images, ANCHOR, output, settings=QUICK, resume=True)
+        learn(pico, images, ANCHOR, tmp_path / "new" / "a.pack", settings=QUICK, resume=True)
+    assert not (tmp_path / "new").exists()
     broken_off(pico, images, output)
     before = checkpoint(output).read_bytes()
     others: list[tuple[Model, list[Image.Image], str, LearnSettings]] = [
@@ -357,6 +393,52 @@ def test_only_the_same_run_is_resumed(pico: Model, images: list[Image.Image], tm
     # and a fresh run is not misled by it
     learn(pico, images, "zwx toy", output, settings=QUICK)
     assert not checkpoint(output).parent.exists()
+
+
+def test_one_output_is_learned_by_one_run_at_a_time(
+    pico: Model, images: list[Image.Image], plain: ConceptPack, tmp_path: Path
+) -> None:
+    """Both would write the same checkpoint, and the first to finish would remove the other's."""
+    output = tmp_path / "a.pack"
+    broken_off(pico, images, output)  # so there is a checkpoint that the second run could harm
+    refused: list[str] = []
+
+    def meanwhile(what: str, done: int, *_: Any) -> None:
+        if what != "reading photos" or refused:
+            return
+        before = tree(tmp_path)
+        for more in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(MokusError, match=r"already learning .*a\.pack;") as told:
+                learn(pico, images, ANCHOR, output, settings=QUICK, **more)
+            refused.append(str(told.value))
+        assert tree(tmp_path) == before
+        with ThreadPoolExecutor() as other:  # whoever binds or unbinds need not wait for the training
+
+            def written() -> None:
+                with ConceptPack.lock_place(output, 0.05):
+                    pass
+
+            other.submit(written).result(60)
+
+    assert tree(learn(pico, images, ANCHOR, output, settings=QUICK, progress=meanwhile).path) == tree(plain.path)
+    assert len(refused) == 3
+
+
+def test_a_killed_run_keeps_nobody_out(pico: Model, images: list[Image.Image], tmp_path: Path) -> None:
+    output = tmp_path / "a.pack"
+    code = (
+        "import sys, time; from pathlib import Path; from mokus.training import checkpoint\n"
+        "with checkpoint.held(checkpoint.checkpoint_of(Path(sys.argv[1]))):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(output)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(MokusError, match="already learning"):
+            learn(pico, images, ANCHOR, output, settings=ALONE)
+        assert not output.exists()
+        other.kill()
+    assert learn(pico, images, ANCHOR, output, settings=ALONE).lora()
 
 
 def test_what_a_killed_writer_left_is_in_nobodys_way(pico: Model, images: list[Image.Image], tmp_path: Path) -> None:

@@ -209,7 +209,8 @@ def create_pack(
     kept = [(_bound(each), each.shifts) for each in edits if each.taken]
     if not kept:
         return None, edits
-    return ConceptPack.create(path, model=model, anchor=anchor, lora={}, settings={}, edits=kept), edits
+    pack = ConceptPack.create(path, model=model, anchor=anchor, lora={}, settings={}, edits=kept, overwrite=overwrite)
+    return pack, edits
 
 
 def _editing(model: Model, settings: EditSettings | None) -> EditSettings:

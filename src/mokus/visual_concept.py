@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,8 @@ def learn(
 ) -> ConceptPack:
     """Learn the concept on the photos as `anchor` ("sks toy") and write its pack, without any knowledge, to `output`.
 
-    A pack that is there is replaced, and the knowledge in it, only if `overwrite` says so.
+    A pack that is there is replaced, and the knowledge in it, only if `overwrite` says so. If one came there meanwhile, what was
+    learned is kept in the checkpoint, from which `resume` writes it.
 
     `photos` is a folder or images. With a `class_word` ("toy") the anchor may be any phrase, as in DreamBooth without a
     rare token, but is then no good answer for `bind`. `resume` goes on from where a stopped run with the same input and
@@ -80,7 +81,7 @@ def learn(
 
     Raises `MokusError` for photos, an anchor or a place that cannot be used, and if the loss is no longer finite; the last good
     weights are then kept in the checkpoint that `resume` goes on from, at another learning rate if you like; the pack then names
-    all of them.
+    all of them. Also, at once, while another run learns for the same `output`.
     """
     anchor = normalise(anchor, "anchor", "sks toy")
     if class_word is None:
@@ -106,24 +107,24 @@ def learn(
         )
     run = _Run(model, loaded, anchor, word, Path(output), settings, team)
     if resume:
-        run.resume()
-    watch = progress or silent
-    for part in run.material.gather():
-        watch(*part)
-    with run.adapter():
-        for step, loss in run.train():
-            try:
-                watch("learning", step, settings.steps, {"loss": loss})
-            except Stopped:
-                run.keep(step)
-                raise
-        lora = run.lora()
-    if team.first:
-        ConceptPack.create(
-            output, model=model, anchor=anchor, word=word, lora=lora, settings=run.recorded(), samples=run.previews
-        )
-        checkpoint.remove(run.file)
-    team.wait()
+        checkpoint.check_there(run.file)
+    with run.alone():
+        if resume:
+            run.resume()
+        watch = progress or silent
+        for part in run.material.gather():
+            watch(*part)
+        with run.adapter():
+            for step, loss in run.train():
+                try:
+                    watch("learning", step, settings.steps, {"loss": loss})
+                except Stopped:
+                    run.keep(step)
+                    raise
+            run.write(output, overwrite)
+        if team.first:
+            checkpoint.remove(run.file)
+        team.wait()
     return ConceptPack.open(Path(output))
 
 
@@ -170,6 +171,15 @@ class _Run:
         self.previews: dict[str, Image.Image] = {}
         # learning rates, each behind the number of the first step that was made at it
         self.rates: list[list[float]] = []
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other run learns for the same output. Raises `MokusError` in all processes if one does."""
+        with ExitStack() as stack:
+            with self.team.by_the_first() as mine:
+                if mine:
+                    stack.enter_context(checkpoint.held(self.file))
+            yield
 
     @contextmanager
     def adapter(self) -> Iterator[None]:
@@ -292,6 +302,25 @@ class _Run:
                 f"transformer.{key}": (value * scale if "lora_B" in key else value).detach().float().cpu().contiguous()
                 for key, value in state.items()
             }
+
+    def write(self, output: Path | str, overwrite: bool) -> None:
+        """Write the pack. Raises `MokusError` if its place was taken meanwhile; what was learned is kept in the checkpoint."""
+        lora, model, given = self.lora(), self.model, self.material
+        try:
+            with self.team.by_the_first() as mine:
+                if mine:
+                    ConceptPack.create(
+                        output, model=model, anchor=given.anchor, word=given.word, lora=lora, settings=self.recorded(),
+                        samples=self.previews, overwrite=overwrite,
+                    )  # fmt: skip
+        except MokusError as error:
+            if not self.team.keeps:
+                raise
+            self.keep(self.settings.steps)
+            raise MokusError(
+                f"{error} What was learned is kept in {self.file.parent}: take away what is in the pack's place, or say "
+                "--overwrite, and the same command with --resume writes it there without learning it again."
+            ) from error
 
     @torch.no_grad()
     def preview(self, step: int) -> None:

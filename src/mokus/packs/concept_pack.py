@@ -56,6 +56,7 @@ from mokus.packs.files import (
     locked_place,
     refuse_foreign,
     refuse_inside,
+    refuse_pack,
     sha256_of_file,
     store,
     swap,
@@ -109,9 +110,11 @@ class ConceptPack:
     def create(
         cls, path: str | Path, *, model: Model, anchor: str, lora: Mapping[str, Tensor], settings: Mapping[str, Any],
         word: str | None = None, samples: Mapping[str, Image.Image] | None = None,
-        edits: Sequence[tuple[BoundKnowledge, Shifts]] = (),
+        edits: Sequence[tuple[BoundKnowledge, Shifts]] = (), overwrite: bool = False,
     ) -> ConceptPack:  # fmt: skip
-        """Write a pack, in place of an older pack if there is one; with the knowledge of `edits`, as `replace_edits` takes it.
+        """Write a pack, with the knowledge of `edits`, as `replace_edits` takes it.
+
+        An older pack at `path` is replaced only if `overwrite` says so, however late it came there.
 
         `lora`: transformer.<module>.lora_A.weight (r, d_in) and lora_B.weight (d_out, r), the scale folded into B; may
         be empty, and then it is a pack of words alone. `word`: what the thing is, unless the anchor is a rare token
@@ -141,6 +144,7 @@ class ConceptPack:
         with locked_place(place):
             finish_swap(place)
             refuse_foreign(place)
+            refuse_pack(path, overwrite)
             _write(place, fields, files)
         return cls.open(path)
 

@@ -31,7 +31,16 @@ from mokus.low_rank import LowRankShift, Shifts
 from mokus.memory import CPU
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.export_card import readme
-from mokus.packs.files import ADAPTER, ADAPTER_CONFIG, LORA, README, refuse_inside, refuse_taken
+from mokus.packs.files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    LORA,
+    README,
+    clear_begun,
+    locked_place,
+    refuse_inside,
+    refuse_taken,
+)
 from mokus.packs.weights import LORA_KEY, METADATA, adapter_config, adapter_tensors, factors_of
 from mokus.pipeline import CORPUS_FILE, DEFAULTS_FILE, MINIATURE
 from mokus.progress import Progress, silent
@@ -283,17 +292,23 @@ def stored_dtype(model: str | Path | None) -> torch.dtype | None:
 
 @contextmanager
 def _folder(place: Path) -> Iterator[Path]:
-    """A folder beside the place, swapped in at the end: it is there whole or not at all."""
+    """A folder beside the place, swapped in at the end: it is there whole or not at all.
+
+    Meanwhile the place is locked, so whatever else was begun for it is of nobody who still writes.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
     beside = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    beside.mkdir()
-    try:
-        yield beside
-        if place.is_dir():
-            place.rmdir()  # empty, or this raises
-        os.replace(beside, place)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)  # gone already, unless something failed
+    with locked_place(place.resolve()):
+        refuse_taken(place, "export")
+        clear_begun(place)
+        beside.mkdir()
+        try:
+            yield beside
+            if place.is_dir():
+                place.rmdir()  # empty, or this raises
+            os.replace(beside, place)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)  # gone already, unless something failed
 
 
 def _names(place: Path) -> list[str]:

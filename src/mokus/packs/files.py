@@ -117,8 +117,13 @@ def finish_swap(place: Path) -> None:
 
 
 def clear(place: Path) -> None:
-    """Take away what earlier writers left when they were killed; only under the lock."""
+    """Take away what earlier writers of a pack left when they were killed; only under the lock."""
     _discard(_aside(place))
+    clear_begun(place)
+
+
+def clear_begun(place: Path) -> None:
+    """Take away what was begun for this place and not finished, by writers that were killed; only under the lock."""
     left = re.compile(rf"\.{re.escape(place.name)}\.[0-9]+\.tmp")
     for path in place.parent.iterdir():
         if left.fullmatch(path.name):
@@ -176,7 +181,12 @@ def check_place(path: str | Path) -> None:
 def check_free(path: str | Path, overwrite: bool) -> None:
     """`check_place`, and that an older pack is replaced only if it is said."""
     check_place(path)
-    if not overwrite and (Path(path) / MANIFEST).is_file():
+    refuse_pack(Path(path), overwrite)
+
+
+def refuse_pack(path: Path, overwrite: bool) -> None:
+    """Raise `MokusError` if a pack is there, unless it is said that it may be replaced."""
+    if not overwrite and (path / MANIFEST).is_file():
         raise MokusError(
             f"{path} is a concept pack already; name another folder, or replace it by --overwrite (in Python overwrite=True)."
         )

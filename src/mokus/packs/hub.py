@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 from mokus.errors import MokusError
 from mokus.packs.concept_pack import ConceptPack
-from mokus.packs.files import FILE, MANIFEST, MAX_FILE_BYTES, MAX_JSON_BYTES, README, locked_place, refuse_taken, swap
+from mokus.packs.files import (
+    FILE,
+    MANIFEST,
+    MAX_FILE_BYTES,
+    MAX_JSON_BYTES,
+    README,
+    clear_begun,
+    locked_place,
+    refuse_taken,
+    swap,
+)
 from mokus.packs.manifest import parse
 from mokus.photos import load_photos
 from mokus.pictures import png_of
@@ -108,26 +118,33 @@ def pull(repo: str, output: str | Path | None = None, revision: str | None = Non
     ConceptPack.check_place(place)
     there = next(parent for parent in place.resolve().parents if parent.exists())
     beside = there / f".{place.name}.{os.getpid()}.tmp"
-    api = HfApi()
-    try:
-        with _told(repo, revision):
-            commit = str(api.model_info(repo, revision=revision).sha)
-            tree = api.list_repo_tree(repo, recursive=True, revision=commit)
-            sizes = {entry.path: int(getattr(entry, "size", 0)) for entry in tree}
-            if MANIFEST not in sizes:
-                raise MokusError(f"{repo} holds no concept pack, for it has no {MANIFEST}; check the name.")
-            _fetch(api, repo, commit, [MANIFEST], sizes, beside)
-            manifest = parse((beside / MANIFEST).read_bytes(), f"{MANIFEST} of {repo} is not what this mokus writes")
-            _fetch(api, repo, commit, sorted(manifest.files), sizes, beside)
-        shutil.rmtree(beside / ".cache", ignore_errors=True)  # where the downloads kept their notes
-        _check_whole(beside, repo)
-        place.resolve().parent.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no folder
-        with locked_place(place.resolve()):
-            refuse_taken(place, "pack")
-            swap(beside, place.resolve())
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)  # gone already, unless something failed
+    with locked_place(there / place.name):  # so whatever else was begun for it is of nobody who still downloads
+        clear_begun(there / place.name)
+        try:
+            commit = _download(HfApi(), repo, revision, beside)
+            place.resolve().parent.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no folder
+            with locked_place(place.resolve()):
+                refuse_taken(place, "pack")
+                swap(beside, place.resolve())
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)  # gone already, unless something failed
     return Pulled(ConceptPack.open(place), repo, commit)
+
+
+def _download(api: HfApi, repo: str, revision: str | None, folder: Path) -> str:
+    """Put a pack into the folder, which is not there yet; the commit it is of. Raises `MokusError` unless it is sound."""
+    with _told(repo, revision):
+        commit = str(api.model_info(repo, revision=revision).sha)
+        tree = api.list_repo_tree(repo, recursive=True, revision=commit)
+        sizes = {entry.path: int(getattr(entry, "size", 0)) for entry in tree}
+        if MANIFEST not in sizes:
+            raise MokusError(f"{repo} holds no concept pack, for it has no {MANIFEST}; check the name.")
+        _fetch(api, repo, commit, [MANIFEST], sizes, folder)
+        manifest = parse((folder / MANIFEST).read_bytes(), f"{MANIFEST} of {repo} is not what this mokus writes")
+        _fetch(api, repo, commit, sorted(manifest.files), sizes, folder)
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # where the downloads kept their notes
+    _check_whole(folder, repo)
+    return commit
 
 
 def _fetch(api: HfApi, repo: str, commit: str, names: Sequence[str], sizes: dict[str, int], folder: Path) -> None:

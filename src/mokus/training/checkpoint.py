@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from mokus import files
@@ -27,6 +29,26 @@ def checkpoint_of(output: Path) -> Path:
     return place.parent / f".{place.name}.learning" / "checkpoint.pt"
 
 
+@contextmanager
+def held(file: Path) -> Iterator[None]:
+    """Inside, no other run keeps checkpoints there. Raises `MokusError` at once if one does.
+
+    The lock is the operating system's, so it ends with the process; its file stays, beside the folder. It is not the pack's
+    lock, for an older pack at the output may be used and changed for the hours that this takes.
+    """
+    folder = file.parent
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder.with_name(f"{folder.name}.lock")).acquire(timeout=0)
+    except Timeout as error:
+        pack = folder.with_name(folder.name.removeprefix(".").removesuffix(".learning"))
+        raise MokusError(
+            f"another run is already learning {pack}; wait until it is done, or name another folder."
+        ) from error
+    with lock:
+        yield
+
+
 def write(file: Path, identity: str, step: int, state: Mapping[str, Any], previews: Mapping[str, Image.Image]) -> None:
     """Keep the state after so many steps, and what was drawn until then; `identity` says of which run."""
     arrays = {name: torch.from_numpy(np.array(image)) for name, image in previews.items()}
@@ -36,13 +58,18 @@ def write(file: Path, identity: str, step: int, state: Mapping[str, Any], previe
     files.write(file, whole.getvalue())
 
 
+def check_there(file: Path) -> None:
+    """Raise `MokusError` if there is none."""
+    if not file.is_file():
+        raise MokusError(f"there is nothing to resume in {file.parent}; leave --resume out to begin.")
+
+
 def read(file: Path, identity: str) -> dict[str, Any]:
     """Its `identity`, `step`, `lora`, `optimiser`, and `previews` as images; `rates` of learning, which older ones lack.
 
     Raises `MokusError` if there is none, or it is damaged or of another run.
     """
-    if not file.is_file():
-        raise MokusError(f"there is nothing to resume in {file.parent}; leave --resume out to begin.")
+    check_there(file)
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE:

@@ -177,7 +177,9 @@ def _learn(model: Model, concept: Concept, chosen: Mapping[str, Any], bars: Any)
         settings = LearnSettings.for_model(model.defaults.learn, **{**chosen, **concept.settings})
         if (concept.output / "mokus.json").is_file():
             _check_same(model, concept, settings)
-            checkpoint.remove(checkpoint_of(concept.output))  # of a run that was killed when its pack was written
+            if (file := checkpoint_of(concept.output)).parent.exists():
+                with checkpoint.held(file):
+                    checkpoint.remove(file)  # of a run that was killed when its pack was written
             return "there already", ""
         stopped = checkpoint_of(concept.output).is_file()
         what = (model, concept.photos, concept.anchor, concept.output)

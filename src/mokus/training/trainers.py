@@ -6,13 +6,14 @@ own. So a step has the same samples, and the loss the same course, however many 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mokus.errors import MokusError
 from mokus.training.processes import Processes
 
 
@@ -51,6 +52,11 @@ class Alone:
     def load(self, optimiser: Any, state: Any) -> None:
         """Give the optimiser a whole state."""
         optimiser.load_state_dict(state)
+
+    @contextmanager
+    def by_the_first(self) -> Iterator[bool]:
+        """Inside, whether this process does what one of them does; a `MokusError` in there is raised in all of them."""
+        yield True
 
     def wait(self) -> None:
         """Until all are here."""
@@ -119,6 +125,16 @@ class Together(Alone):
             for i, p in enumerate(parameters)
         }
         optimiser.load_state_dict({**state, "state": {i: each for i, each in spread.items() if each}})
+
+    @contextmanager
+    def by_the_first(self) -> Iterator[bool]:
+        why = ""
+        try:
+            yield self.first
+        except MokusError as error:
+            why = str(error)
+        if why := self.processes.gathered([why])[0]:
+            raise MokusError(why)
 
     def wait(self) -> None:
         self.processes.wait()
