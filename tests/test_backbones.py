@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from mokus.packs.export import export
 from mokus.packs.files import ADAPTER_FOLDER
 from mokus.pipeline import Model, encode, pad
 from mokus.settings import EditSettings, LearnSettings
+from mokus.studio.shelf import Shelf
 from mokus.visual_concept import learn
 
 from . import pico_backbones
@@ -429,6 +431,32 @@ def test_both_stages_from_end_to_end(
     unbind(pack, KNOWN)
     assert tree(pack.path) == learned
     assert [each.image.tobytes() for each in generate(model, prompts, steps=3)] == bare
+
+
+def test_a_server_draws_rows_of_several_packs_each_with_its_own(
+    model: Model, packs: Callable[[str], ConceptPack], tmp_path: Path
+) -> None:
+    """Prompts of any lengths, with guidance, beside the base model: as each is drawn alone."""
+    one = packs(model.backbone.pipeline)
+    word, lora = ANCHOR.split()[-1], {key: -2 * value for key, value in one.lora().items()}
+    two = ConceptPack.create(tmp_path / "two.pack", model=model, anchor=f"zwx {word}", lora=lora, settings=one.settings)
+    size, shelf = model.defaults.size, Shelf(model)
+    wishes = [
+        (path, prompt, seed)
+        for seed, prompt in enumerate((f"a {word}", f"a {word} on a long wooden table in the snow"))
+        for path in (str(one.path), None, str(two.path))
+    ]
+    try:
+        several = shelf.draw(wishes, size, 2)
+    finally:
+        shelf.clear()
+    by_path = {None: [], str(one.path): [one], str(two.path): [two]}
+    for (path, prompt, seed), png in zip(wishes, several, strict=True):
+        assert isinstance(png, bytes), png
+        (alone,) = generate(model, prompt, by_path[path], seeds=[seed])
+        image = np.asarray(Image.open(BytesIO(png))).astype(int)
+        assert np.abs(np.asarray(alone.image).astype(int) - image).max() <= 2  # rounding in batches
+    assert len(set(several)) == len(several)
 
 
 def test_a_pack_says_what_it_is_for(model: Model, packs: Callable[[str], ConceptPack]) -> None:

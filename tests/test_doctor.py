@@ -276,6 +276,8 @@ def test_edits_of_layers_that_are_not_there_are_no_plan(monkeypatch: pytest.Monk
 
 def test_edits_of_modules_that_are_not_there_are_no_plan(small: Shape) -> None:
     odd = replace(small, defaults=Defaults(size=32, edit={"layers": [1], "modules": ["mlp.nothing"]}))
+    with pytest.raises(MokusError, match="99"):  # what the folder says of the editor counts, as it does for bind
+        doctor.check_bind(replace(small, defaults=Defaults(size=32, editors={"least_drift": {"layers": [99]}})))
     with pytest.raises(MokusError, match=r"'mlp\.nothing' is no module"):
         doctor.plan(odd, "bind", card(1))
 

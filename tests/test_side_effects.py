@@ -28,6 +28,13 @@ def test_the_bound_phrase_comes_first_and_what_is_bound_is_no_side_effect(
     assert all(each.moved != 0 for each in found)  # a random edit moves everything
 
 
+def test_of_two_spellings_the_one_that_is_asked_for(pico: Model, pico_pack: PackFactory, tmp_path: Path) -> None:
+    pack = pico_pack(tmp_path / "p", knowledge=["my toy", "My toy", "a hat"])
+    for asked, found in (("My toy", "My toy"), ("my toy", "my toy"), ("A  hat.", "a hat")):
+        assert side_effects(pico, pack, asked, most=0)[0].phrase == found
+    assert [known.text for known in pack.bound("MY TOY")] == ["my toy", "My toy"] and pack.bound("a toy") == []
+
+
 def test_an_edit_that_changes_nothing_has_none(pico: Model, pico_pack: PackFactory, tmp_path: Path) -> None:
     pack = pico_pack(tmp_path / "p", knowledge=[])
     nothing = {name: LowRankShift(shift.A, 0 * shift.B) for name, shift in random_shifts(pico).items()}

@@ -65,9 +65,8 @@ def _keeper(record: Record, path: str) -> Any:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()  # the first recorded module: the graph begins here
-            # without gradients nobody asks for the outputs, which are many bytes
         record.inputs[path] = inputs[0]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # without gradients nobody asks for the outputs, which are many bytes
             record.outputs[path] = output
         return output
 

@@ -128,11 +128,10 @@ def draw(
     guidance, one for all or one for each. `step_done` is the pipeline's callback after each step.
     """
     each = [negative] * len(jobs) if negative is None or isinstance(negative, Tensor) else list(negative)
-    lengths = list(dict.fromkeys(len(encoding) for encoding, _ in jobs))
-    if len(lengths) > 1 and not model.backbone.mixes:
+    batches = drawn_together(model, [encoding for encoding, _ in jobs])
+    if len(batches) > 1:
         found: dict[int, Image.Image] = {}
-        for length in lengths:
-            alike = [i for i, (encoding, _) in enumerate(jobs) if len(encoding) == length]
+        for alike in batches:
             several = None if negative is None else [n for n in (each[i] for i in alike) if n is not None]
             images = draw(model, [jobs[i] for i in alike], several, settings, step_done)
             found |= zip(alike, images, strict=True)
@@ -141,6 +140,14 @@ def draw(
     return draw_padded(
         model, pad([encoding for encoding, _ in jobs]), unwanted, [seed for _, seed in jobs], settings, step_done
     )
+
+
+def drawn_together(model: Model, encodings: Sequence[Tensor]) -> list[list[int]]:
+    """Which of these encodings (s, d) go through the image transformer in one batch: all, or those of equal length."""
+    batches: dict[int, list[int]] = {}
+    for i, encoding in enumerate(encodings):
+        batches.setdefault(0 if model.backbone.mixes else len(encoding), []).append(i)
+    return list(batches.values())
 
 
 def draw_padded(

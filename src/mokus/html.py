@@ -22,6 +22,7 @@ PAGE = """<!doctype html>
 
 
 def section(title: str, note: str, content: str) -> str:
+    """A part of a page. The title is text; `note` and `content` are HTML, escaped by whoever made them."""
     about = f"<p class=note>{note}</p>" if note else ""
     return f"<section><h2>{escape(title)}</h2>{about}{content}</section>"
 
@@ -40,6 +41,7 @@ def img(image: Image.Image, kind: str, title: str) -> str:
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose cells are text."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div class=scroll><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"

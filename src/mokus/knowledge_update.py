@@ -252,15 +252,13 @@ def unbind(pack: ConceptPack, *knowledge: str) -> None:
     wanted = {normalise(text) for text in knowledge}
     with pack.locked():
         pack.reload()
-        known = [bound.text for bound in pack.knowledge]
         gone: set[str] = set()
         for text in wanted:
-            meant = {each for each in known if each == text} or {each for each in known if same(each) == same(text)}
+            meant = pack.bound(text)
             if not meant:
-                raise MokusError(
-                    f"{text!r} is not bound in {pack.path}; bound are: {', '.join(map(repr, known)) or 'none'}."
-                )
-            gone |= meant
+                known = ", ".join(repr(bound.text) for bound in pack.knowledge)
+                raise MokusError(f"{text!r} is not bound in {pack.path}; bound are: {known or 'none'}.")
+            gone |= {bound.text for bound in meant}
         pack.replace_edits([(bound, shifts) for bound, shifts in pack.edits() if bound.text not in gone])
 
 

@@ -33,7 +33,7 @@ that moves the rest least has A spanning H C^-1, and B is found by minimising
 `B A` is never added to W: it stays beside it (`low_rank.applied`), so that it is exact, small, and gone without a trace
 when it is unbound.
 
-Both results are kept in a *concept pack* (`concept_pack`), a folder that plain diffusers and peft can load.
+Both results are kept in a *concept pack* (`packs.concept_pack`), a folder that plain diffusers and peft can load.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mokus.encoder import distance, tails
 from mokus.errors import MokusError
-from mokus.knowledge import CHECK_FORMS, QUESTION_FORMS, near_misses, prompts, same
+from mokus.knowledge import CHECK_FORMS, QUESTION_FORMS, near_misses, normalise, prompts, same
 from mokus.knowledge_update import ask, request
 from mokus.low_rank import applied
 
@@ -43,7 +43,7 @@ def side_effects(
     `progress(done, total)` counts phrases. Raises `MokusError` for a pack of another model, or knowledge not bound in it.
     """
     pack.check_base(model)
-    known = next((each for each in pack.knowledge if same(each.text) == same(knowledge)), None)
+    known = next(iter(pack.bound(normalise(knowledge))), None)
     if known is None:
         raise MokusError(f"{knowledge!r} is not bound in {pack.path}; choose one of those that are.")
     bound = {same(each.text) for each in pack.knowledge}

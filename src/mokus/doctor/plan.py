@@ -279,7 +279,7 @@ def usual(shape: Shape, machine: Machine, dtype: torch.dtype = torch.bfloat16) -
 def check_bind(shape: Shape) -> None:
     """Raise `MokusError`, as `bind` does, if the text encoder lacks a layer or a module that is edited by default."""
     count = shape.text.num_hidden_layers
-    settings = EditSettings.for_model(shape.defaults.edit)
+    settings = EditSettings.for_editor(shape.defaults)
     check_edited(settings, _text_layer(shape, torch.bfloat16), count, QWEN_IMAGE.highest(count))
 
 
@@ -372,7 +372,7 @@ def _training(key: str, tier: Tier, samples: int, size: int, rank: int, dtype: t
 
 
 def _edit_beside(shape: Shape, dtype: torch.dtype) -> float:
-    settings, text = EditSettings.for_model(shape.defaults.edit), shape.text
+    settings, text = EditSettings.for_editor(shape.defaults), shape.text
     edited, above = len(settings.layers), text.num_hidden_layers - 1 - max(settings.layers)
     layer = _text_layer(shape, dtype)
     matrices = [layer.get_submodule(name) for name in settings.modules]
@@ -405,7 +405,7 @@ def work(shape: Shape, task: str, tier: Tier, size: int) -> Work:
         return Work("image", (steps * guided * image_flops(shape, 1, size) + reading) / 1e12, 1, 0.0,
                     steps * guided * shape.blocks)  # fmt: skip
     if task == "bind":
-        editing = EditSettings.for_model(shape.defaults.edit)
+        editing = EditSettings.for_editor(shape.defaults)
         above = shape.text.num_hidden_layers - min(editing.layers)  # no gradient goes below the first that is edited
         below = shape.text.num_hidden_layers - above
         each = (

@@ -35,7 +35,7 @@ def export(
     model: Annotated[
         str | None,
         typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature",
-                     help="For merged: hub id or folder of the QwenImagePipeline that the pack is for."),
+                     help="For merged: hub id or folder of the model that the pack is for."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip

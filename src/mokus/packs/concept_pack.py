@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import mokus
 from mokus.errors import MokusError
-from mokus.knowledge import class_word
+from mokus.knowledge import class_word, same
 from mokus.low_rank import LowRankShift, Shifts, added
 from mokus.packs.card import card
 from mokus.packs.files import (
@@ -215,6 +215,11 @@ class ConceptPack:
     def knowledge(self) -> list[BoundKnowledge]:
         """What is bound, in the order it was."""
         return list(self._manifest.knowledge)
+
+    def bound(self, text: str) -> list[BoundKnowledge]:
+        """What of its knowledge this text means: the piece spelled so; if there is none, those with other capital letters."""
+        exact = [known for known in self.knowledge if known.text == text]
+        return exact or [known for known in self.knowledge if same(known.text) == same(text)]
 
     @property
     def digest(self) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mokus.console import err, note
+from mokus.console import DeviceOption, ModelOption, err, note
 from mokus.errors import MokusError
 from mokus.settings import AT_ONCE
 
@@ -41,15 +41,8 @@ def serve(
     most_size: Annotated[
         int | None, typer.Option("--most-size", help="Pixels of height and width, at most.", show_default="the model's", min=1)
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature",
-                     help="Hub id or folder of a QwenImagePipeline, such as Qwen/Qwen-Image."),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="Where to compute: cpu, cuda, cuda:1.", show_default="a GPU if there is one"),
-    ] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
 ) -> None:  # fmt: skip
     """Serve images over OpenAI's images API, with concept packs as models. Ctrl-C finishes what is being drawn."""
     _check_token(host, token)

@@ -22,7 +22,7 @@ from safetensors.torch import save as bytes_of
 from torch import Tensor, nn
 
 from mokus.errors import MokusError
-from mokus.generation import Generated, check_prompts, check_settings, draw, png_bytes, provenance
+from mokus.generation import Generated, check_prompts, check_settings, draw, drawn_together, png_bytes, provenance
 from mokus.low_rank import Shifts, applied
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.files import MANIFEST
@@ -87,12 +87,17 @@ class Shelf:
             else:
                 ready[i] = pack
         guided = settings["true_cfg_scale"] > 1
-        jobs = [(self._encoded(each, wishes[i][1]), wishes[i][2]) for i, each in ready.items()]
-        negatives = [self._encoded(each, settings["negative_prompt"]) for each in ready.values()] if guided else None
-        if jobs:
-            with self._model.resident("transformer", "vae"), self._looks([each.adapter for each in ready.values()]):
+        rows = list(ready.items())
+        told = [self._encoded(each, wishes[i][1]) for i, each in rows]
+        unwanted = [self._encoded(each, settings["negative_prompt"]) for _, each in rows] if guided else None
+        for batch in drawn_together(self._model, told):
+            jobs = [(told[k], wishes[rows[k][0]][2]) for k in batch]
+            negatives = [unwanted[k] for k in batch] if unwanted else None
+            adapters = [rows[k][1].adapter for k in batch]
+            with self._model.resident("transformer", "vae"), self._looks(adapters):
                 images = draw(self._model, jobs, negatives, settings)
-            for (i, each), image in zip(ready.items(), images, strict=True):
+            for k, image in zip(batch, images, strict=True):
+                i, each = rows[k]
                 about = {**settings, **provenance(self._model, each.packs)}
                 answers[i] = png_bytes(Generated(image, wishes[i][1], wishes[i][2], about))
         return [answers[i] for i in range(len(wishes))]
@@ -186,13 +191,14 @@ class Shelf:
 
     @contextmanager
     def _looks(self, adapters: list[str]) -> Iterator[None]:
-        """Inside, each row of a batch has the looks of its adapter."""
+        """Inside, each row of a batch has the looks of its adapter; also if the pipeline puts the rows without the prompt behind
+        those with it, as some do for guidance."""
         layers = [module for module in self._model.pipe.transformer.modules() if isinstance(module, LoraLayer)]
 
         def choose(
             module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return inputs, {**named, "adapter_names": adapters}
+            return inputs, {**named, "adapter_names": adapters * (len(inputs[0]) // len(adapters))}
 
         hooks = [layer.register_forward_pre_hook(choose, with_kwargs=True) for layer in layers]
         try:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mokus.console import DeviceOption, ModelOption
 from mokus.errors import MokusError
 
 PORT = 7860
@@ -30,15 +31,8 @@ def ui(
                      show_default="HOME/reports"),
     ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")] = False,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", envvar="MOKUS_MODEL", show_default="the miniature",
-                     help="Hub id or folder of a QwenImagePipeline, such as Qwen/Qwen-Image."),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="Where to compute: cpu, cuda, cuda:1.", show_default="a GPU if there is one"),
-    ] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
 ) -> None:  # fmt: skip
     """The studio in the browser: learn, bind, ask and draw. It answers this machine alone, and needs no network."""
     for folder in reports or []:
