@@ -79,11 +79,9 @@ FREE = 0.05  # what is watched may be away by this share of the way that the edi
 SURE = 0.05  # cross-entropy below which a token is as good as said
 SHARP = 20.0  # of the hinges
 NEGLIGIBLE = 1e-3  # directions of H C^-1/2 below this share of the strongest, and of the finished shift
-MORE_ROUNDS = (
-    3  # like the last, at most, as long as a phrase to keep is further than `KEPT` of the way that the edit makes
-)
-KEPT = 0.1
 ROUNDS = (0.4, 0.7, 1.0)  # shares of the steps after which each round ends; between them is looked at what is watched
+# and at most so many like the last, as long as a phrase to keep is further than this share of the way that the edit makes
+MORE_ROUNDS, KEPT = 3, 0.1
 
 
 def goal_of(model: Model, request: Request, meaning: Meaning | None = None) -> Goal:
