@@ -30,6 +30,7 @@ from mokus.errors import MokusError
 from mokus.goal import Request
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, near_misses, prompts, questions
 from mokus.knowledge_update import Edit, ask, bind, edit, unbind
+from mokus.knowledge_update import _Checked as Checked
 from mokus.low_rank import LowRankShift, Shifts, added, applied
 from mokus.packs.concept_pack import LORA, ConceptPack
 from mokus.pipeline import Model, encode
@@ -173,7 +174,7 @@ def test_earlier_edits_are_where_the_editor_is(pico: Model, monkeypatch: pytest.
             seen.extend(factor.device.type for shift in before.values() for factor in (shift.A, shift.B))
             return {}, 1
 
-    monkeypatch.setattr(knowledge_update, "_checked", lambda *_: ("sks toy", 1.0))
+    monkeypatch.setattr(knowledge_update, "_checked", lambda *_: Checked("sks toy", 1.0, {}, {}))
     path = next(name for name, module in pico.pipe.text_encoder.named_modules() if name.endswith("down_proj"))
     before = {path: LowRankShift(torch.zeros(1, 8), torch.zeros(8, 1))}
     edit(replace(pico, device=torch.device("meta")), "my toy", "sks toy", made=Stub(), before=before)  # type: ignore[arg-type]
@@ -429,10 +430,10 @@ def test_what_does_not_hold_together_is_left_out(
     """Each takes as it is made, but the last disturbs the first: what is written holds with all of it on."""
     real, every = knowledge_update._checked, {m: sum(e.shifts[m].rank for e in in_a_row.values()) for m in paths(pico)}
 
-    def checked(model: Model, request: Request, shifts: Shifts) -> tuple[str, float]:
+    def checked(model: Model, request: Request, shifts: Shifts) -> Checked:
         crowded = {path: shift.rank for path, shift in shifts.items()} == every
-        read_back, alignment = real(model, request, shifts)
-        return read_back, 0.05 if crowded and request.knowledge == A else alignment
+        found = real(model, request, shifts)
+        return replace(found, alignment=0.05) if crowded and request.knowledge == A else found
 
     monkeypatch.setattr(knowledge_update, "_checked", checked)
     found = bind(pico, pack := bound(), A, B, C, settings=QUICK)
@@ -448,9 +449,10 @@ def test_what_was_bound_before_is_not_lost(pico: Model, bound: Bound, monkeypatc
     pack = bound([A])
     before, real = tree(pack.path), knowledge_update._checked
 
-    def checked(model: Model, request: Request, shifts: Shifts) -> tuple[str, float]:
+    def checked(model: Model, request: Request, shifts: Shifts) -> Checked:
         alone = all(shift.rank == pack.edits()[0][1][path].rank for path, shift in shifts.items())
-        return (request.answer, 0.0) if request.knowledge == A and not alone else real(model, request, shifts)
+        found = real(model, request, shifts)
+        return replace(found, alignment=0.0) if request.knowledge == A and not alone else found
 
     monkeypatch.setattr(knowledge_update, "_checked", checked)
     (found,) = bind(pico, pack, B, settings=QUICK)

@@ -96,8 +96,17 @@ def test_the_examples_run_as_printed(model: Path, tmp_path: Path) -> None:
 def test_links_lead_somewhere(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
-    missing = [link for link in links if not ((ROOT / name).parent / link).exists()]
+    missing = [link for link in links if not _leads_somewhere((ROOT / name).parent, link)]
     assert not missing
+
+
+def _leads_somewhere(folder: Path, link: str) -> bool:
+    """To a file or, behind a #, to one of its headings."""
+    file, _, heading = link.partition("#")
+    if not (folder / file).exists():
+        return False
+    headings = re.findall(r"^#+ (.+)$", (folder / file).read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+    return not heading or heading in {re.sub(r"[^\w-]", "", text.lower().replace(" ", "-")) for text in headings}
 
 
 def test_the_tree_names_every_file() -> None:
