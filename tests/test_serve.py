@@ -443,10 +443,6 @@ def test_metrics_count_what_happened(running: Running) -> None:
     assert found["mokus_waiting_images",] == 0 and found["mokus_request_seconds_count", IMAGES] == 2
 
 
-def test_names_of_files_are_the_packs_own() -> None:
-    assert (openai.MANIFEST, openai.LORA) == (concept_pack.MANIFEST, concept_pack.LORA)
-
-
 # --- the shelf ---------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model
 from mokus.places import PLACES
 from mokus.settings import LearnSettings
-from mokus.training import material
+from mokus.training import material, trainers
 from mokus.training.material import CROPS
 from mokus.visual_concept import learn
 
@@ -486,6 +486,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert not output.exists() and checkpoint(output).is_file()
     # the weights that were kept are good: once the reason is gone, the run ends as it would have
     assert tree(learn(pico, images, ANCHOR, output, settings=QUICK, resume=True).path) == tree(plain.path)
+
+
+def test_where_nothing_is_kept_nothing_is_said_to_be(
+    pico: Model, images: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with DeepSpeed."""
+    monkeypatch.setattr(trainers.Alone, "keeps", False)
+    monkeypatch.setattr(flow, "loss", spoiled_loss(2, lambda value: value * float("nan")))
+    with pytest.raises(MokusError, match=r"finite at step 2, and .* no checkpoints; begin anew with") as error:
+        learn(pico, images, ANCHOR, tmp_path / "a.pack", settings=QUICK)
+    assert "--resume" not in str(error.value) and not checkpoint(tmp_path / "a.pack").exists()
 
 
 @pytest.mark.parametrize("step", [3, 4])  # a checkpoint is written after the fourth

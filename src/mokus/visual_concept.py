@@ -76,6 +76,7 @@ def learn(
     rare token, but is then no good answer for `bind`. `resume` goes on from where a stopped run with the same input and
     settings was, to the same result on the same device in the same memory tier. `progress(what, done, total, info)` is
     called after every step, with the loss in `info`; if it raises `errors.Stopped` there, a checkpoint is written first.
+    DeepSpeed alone has no checkpoints: with it nothing of what is said here of them is so, and `resume` is refused.
     With `processes`, which learn it together, each of them calls this with a model of its own and the first one writes, to
     a folder that all of them see; sharded weights stay so, and such a process can do nothing else with its model.
 
@@ -232,10 +233,7 @@ class _Run:
             if not (torch.isfinite(loss) and torch.isfinite(size)):
                 self.put_back(kept)
                 self.keep(good)
-                raise MokusError(
-                    f"the loss was no longer finite at step {step + 1}; the good weights of step {good} are kept. "
-                    "Go on from them with --resume and a lower --learning-rate, or begin anew with one."
-                )
+                raise MokusError(self.diverged(step + 1, good))
             good, kept = step, self.copied()
             self.optimiser.step()
             done = step + 1
@@ -244,6 +242,16 @@ class _Run:
             if done % s.checkpoint_every == 0 and done < s.steps:
                 self.keep(done)
             yield done, loss.item()
+
+    def diverged(self, step: int, good: int) -> str:
+        """What is said when the loss is no longer finite, after `keep(good)`."""
+        what = f"the loss was no longer finite at step {step}"
+        if not self.team.keeps:
+            return f"{what}, and with DeepSpeed there are no checkpoints; begin anew with a lower --learning-rate."
+        return (
+            f"{what}; the good weights of step {good} are kept. Go on from them with --resume and a lower --learning-rate, "
+            "or begin anew with one."
+        )
 
     def loss(self, random: torch.Generator) -> Tensor:
         """|| v(z_t, t, anchor) - (z1 - z0) ||^2 + weight || v(z_t, t, other) - v_base ||^2, all in one forward pass.

@@ -67,7 +67,7 @@ class Located(ABC):
 
 def state(goal: Goal, path: str, shifts: Shifts) -> Tensor:
     """Hidden states (rows, d) behind the module's layer, where answers begin."""
-    layer = path.split(".mlp.")[0].split(".self_attn.")[0]
+    layer = path.split(".mlp.")[0]
     found: list[Tensor] = []
 
     def keep(_: Any, inputs: Any, output: Any) -> None:

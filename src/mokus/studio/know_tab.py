@@ -14,6 +14,7 @@ from mokus.knowledge import near_misses, normalise, phrases_to_keep, prompts, qu
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.together import contested
 from mokus.settings import EditSettings
+from mokus.studio.home import SUFFIX
 from mokus.studio.page import Given, Studio, lines, sent_to, shown_at, text
 from mokus.studio.settings_form import chosen, form_fields
 from mokus.studio.views import view
@@ -30,7 +31,7 @@ def routes(studio: Studio) -> list[Route]:
         name = text(given, "pack") or next(iter(packs), "")
         if name and name not in packs:
             raise MokusError(f"there is no pack named {name!r}; choose one of the list.")
-        mine = [job for job in studio.jobs(*KINDS) if _about(job.arguments, home, name)] if name else []
+        mine = [job for job in studio.jobs(*KINDS) if _about(job.arguments, name)] if name else []
         asked = text(given, "job")
         job = studio.job(asked, *KINDS) if asked else next((each for each in mine if not each.over), None)
         return studio.page(
@@ -93,9 +94,9 @@ def conflicts(packs: Mapping[str, ConceptPack], name: str) -> list[tuple[str, li
     ]
 
 
-def _about(arguments: Mapping[str, object], home: object, name: str) -> bool:
+def _about(arguments: Mapping[str, object], name: str) -> bool:
     told = [arguments.get("pack"), *(arguments.get("packs") or [])]  # type: ignore[misc]
-    return any(str(path).endswith(f"/{name}.pack") for path in told)
+    return any(str(path).endswith(f"/{name}{SUFFIX}") for path in told)
 
 
 def _reading(knowledge: str) -> dict[str, object]:

@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mokus.errors import MokusError
+from mokus.packs.files import LORA, MANIFEST
 
-LORA = "pytorch_lora_weights.safetensors"
-MANIFEST = "mokus.json"
 NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a pack: no path can be written in it
 
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]

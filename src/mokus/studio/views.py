@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 
 LONGEST = 70  # of a text in a title
 MOST_POINTS = 400  # of a curve that is fetched again and again
-STATE_WORDS = {
-    "waiting": "waiting", "running": "running", "done": "done", "stopped": "stopped", "failed": "failed",
-    "crashed": "crashed",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ def view(home: Home, job: Job) -> View:
         title=_title(job.kind, _short(job.arguments), pack),
         whole=_title(job.kind, job.arguments, pack),
         tab=_tab(job, pack),
-        state=STATE_WORDS[job.state],
+        state=job.state,
         percent=round(100 * job.done / job.total) if running and job.total else None,
         doing=(job.what or "loading the model") if running else "",
         left=duration(job.eta) if running and job.eta is not None else "",
