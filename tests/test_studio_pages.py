@@ -387,6 +387,14 @@ def test_a_phrase_shows_its_questions_before_it_is_bound(with_pack: Site) -> Non
     }  # fmt: skip
 
 
+def test_what_a_pack_keeps_is_said_once(with_pack: Site) -> None:
+    assert "Kept as they are" not in with_pack.get("/know?pack=toy")
+    pack = ConceptPack.open(with_pack.home.pack("toy"))
+    kept = {"your toy": 0.1, "my <hat>": 0.0}
+    pack.replace_edits([(known.model_copy(update={"kept": kept}), shifts) for known, shifts in pack.edits()])
+    assert with_pack.get("/know?pack=toy").count("Kept as they are: my &lt;hat&gt; · your toy") == 1
+
+
 @pytest.mark.parametrize("act", ["unbind", "effects"])
 def test_what_can_be_done_with_a_piece(with_pack: Site, act: str) -> None:
     with_pack.post(f"/know/{act}", pack="toy", knowledge="my favourite toy")

@@ -36,7 +36,8 @@ def routes(studio: Studio) -> list[Route]:
         job = studio.job(asked, *KINDS) if asked else next((each for each in mine if not each.over), None)
         return studio.page(
             "know.html", "/know", error,
-            packs=packs, name=name, pack=packs.get(name), given=given, conflicts=conflicts(packs, name),
+            packs=packs, name=name, pack=packs.get(name), kept=_kept(packs.get(name)), given=given,
+            conflicts=conflicts(packs, name),
             view=view(home, job) if job else None, back=f"/know?pack={name}&job={job.id}" if job else "",
             earlier_jobs=[view(home, each) for each in mine if not job or each.id != job.id][:6],
             settings=form_fields(EditSettings, studio.defaults.edit, given), reading=_reading(text(given, "knowledge")),
@@ -92,6 +93,11 @@ def conflicts(packs: Mapping[str, ConceptPack], name: str) -> list[tuple[str, li
         for phrase, holders in found
         if packs[name] in holders
     ]
+
+
+def _kept(pack: ConceptPack | None) -> list[str]:
+    """Phrases that the pack leaves as they are."""
+    return list(dict.fromkeys(phrase for known in (pack.knowledge if pack else []) for phrase in known.kept))
 
 
 def _about(arguments: Mapping[str, object], name: str) -> bool:
