@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mokus.encoder import CONTINUED, Rows, States, answers, distance, last_of, tail_length, tails
 from mokus.errors import MokusError
-from mokus.knowledge import IMAGE_FORMS, named, prompts
+from mokus.knowledge import IMAGE_FORMS, named, prompts, written
 from mokus.low_rank import Shifts, applied
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Request:
 
     def prompts(self, forms: Sequence[str]) -> list[str]:
         """Image prompts with each of its names, the knowledge first."""
-        return [text for name in self.names for text in prompts(name, tuple(forms))]
+        return [text for name in self.names for text in written(name, forms)]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Meaning:
     @classmethod
     def of(cls, model: Model, says: str, forms: Sequence[str] = IMAGE_FORMS, continued: bool = True) -> Meaning:
         """With continuations or without. Raises `MokusError` if the encoder encodes nothing finite."""
-        meant = prompts(says, tuple(forms))
+        meant = prompts(says, forms)
         found = tails(model, [*meant, says])  # at least one, to be sure that encodings are finite
         if not bool(found.isfinite().all()):
             raise MokusError(

@@ -33,6 +33,8 @@ QUESTION_FORMS = ("What is {}?", "Tell me what {} is.", "Which thing is {}?")
 IMAGE_FORMS = ("{}", "a photo of {}", "{} in the snow", "{} at night, a picture")
 # ... and those in which an edit is checked, but never made.
 CHECK_FORMS = ("a picture of {}", "{} in the desert")
+# A form with a full stop is a sentence, which begins with a capital letter: see `written`.
+SENTENCE = "{} is here."
 
 OTHER_OWNERS = {
     "my": ("your", "his"), "our": ("their", "her"), "your": ("my", "their"), "his": ("my", "her"), "her": ("my", "his"),
@@ -218,9 +220,14 @@ def named(question: str) -> str:
     return found["name"] if found else ""
 
 
-def prompts(phrase: str, forms: tuple[str, ...] = IMAGE_FORMS) -> list[str]:
+def prompts(phrase: str, forms: Sequence[str] = IMAGE_FORMS) -> list[str]:
     """Image prompts with the phrase, the same forms for a knowledge and for the anchor."""
     return [form.format(phrase) for form in forms]
+
+
+def written(phrase: str, forms: Sequence[str]) -> list[str]:
+    """The same as people write them: a form that ends with a full stop is a sentence, and begins with a capital letter."""
+    return [text[:1].upper() + text[1:] if text.endswith(".") else text for text in prompts(phrase, forms)]
 
 
 def near_misses(knowledge: str) -> list[str]:
@@ -239,7 +246,7 @@ def near_misses(knowledge: str) -> list[str]:
 
 
 _A_WORD = re.compile(r"[^\W\d_]+(?:[-'\u2019][^\W\d_]+)*")  # "half-term", too
-_MARKED = re.compile(r"(\W*)(\w.*?)(\W*)", re.DOTALL)
+_MARKED = re.compile(r"(\W*)(\w.*?)((?:['\u2019]s)?\W*)", re.DOTALL)
 
 
 def _others(word: str, last: bool) -> Iterator[str]:

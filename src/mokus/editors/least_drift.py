@@ -42,7 +42,7 @@ from mokus.covariance import Moments, corpus_of, moments
 from mokus.editors.watch import KEEP_FORMS, KEPT_FORMS, Watch, Watched
 from mokus.encoder import CONTINUED, Entering, EnteringTails, Rows, distance, entrance, inputs_of, last_of, module_paths
 from mokus.goal import Goal, Meaning, Request
-from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, class_word, near_misses, prompts, questions
+from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, SENTENCE, class_word, near_misses, prompts, questions, written
 from mokus.low_rank import LowRankShift, Shifts, added, applied, collected
 from mokus.prior_prompts import prior_prompts
 from mokus.words import Words
@@ -70,9 +70,9 @@ USES = (
 QUESTIONS = (*QUESTION_FORMS, "Do you know what {} is?", "{}: what is that?", "{} is what?")
 FORMS = (
     *IMAGE_FORMS, "an image of {} next to a chair", "there is {} on a table", "this shows {} in an old town, as a watercolour",
-    "draw {} by the sea",
+    "{} is by the sea.",
 )  # fmt: skip
-NEAR_FORMS = (*IMAGE_FORMS, *CHECK_FORMS, "What is {}?")
+NEAR_FORMS = (*IMAGE_FORMS, *CHECK_FORMS, SENTENCE, "What is {}?")
 BEHIND = 10.0  # how often the corpus's tails, and what is said behind them, count besides all of its tokens
 EARLIER_WEIGHT = 1000.0  # of the rows of earlier edits: one edit has a few dozen, the corpus tens of thousands
 FREE = 0.05  # what is watched may be away by this share of the way that the edit makes
@@ -146,7 +146,7 @@ class Editor:
         """A (r, d_in) of every module, scaled such that ||B||^2 is its drift, and P (d_out, r) of those edited before."""
         h = goal.inputs(self.entered, goal.where, before)
         own = [*prompts(request.says), *prompts(request.says, CHECK_FORMS), *questions(request.answer)]
-        keep = [form.format(phrase) for phrase in self.watch.keeps(request) for form in KEEP_FORMS]
+        keep = [text for phrase in self.watch.keeps(request) for text in written(phrase, KEEP_FORMS)]
         near = inputs_of(self.model, [*own, *self._near_prompts(request), *keep], self.entered).whole
         of_class = self._class_grams(class_word(request.answer))
         rest = {each: self.grams[each] + of_class[each] + _gram(near[each]) for each in self.entered}
@@ -172,9 +172,8 @@ class Editor:
         """Phrases one word off in all forms, and with any other words in the place of its own in one each."""
         near = near_misses(request.knowledge)[: self.settings.near_misses]
         exchanged = Words.of(self.model.tokenizer).exchanged(request.knowledge, self.settings.exchanged)
-        return [form.format(text) for text in near for form in NEAR_FORMS] + [
-            form.format(text) for form, text in zip(cycle(NEAR_FORMS), exchanged, strict=False)
-        ]
+        whole = [text for phrase in near for text in written(phrase, NEAR_FORMS)]
+        return whole + [written(text, [form])[0] for form, text in zip(cycle(NEAR_FORMS), exchanged, strict=False)]
 
 
 class _Search:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mokus.encoder import tails
 from mokus.goal import Request
-from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, near_misses, same, standing_alone
+from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, SENTENCE, near_misses, same, standing_alone, written
 from mokus.low_rank import Shifts, applied
 from mokus.words import Words
 
@@ -34,14 +34,16 @@ if TYPE_CHECKING:
 
 NEAR, EARLIER = 40, 80  # prompts of a kind that are looked at
 CORPUS = (100, 10, 400)  # ... of the corpus: at first, more for each earlier edit, at most
-KEEP_FORMS = (*IMAGE_FORMS, QUESTION_FORMS[0])  # of phrases to keep
+NEARLY = (*IMAGE_FORMS, SENTENCE, *QUESTION_FORMS)
+NESTED=True
+KEEP_FORMS = (*IMAGE_FORMS, SENTENCE, QUESTION_FORMS[0])  # of phrases to keep
 FURTHEST = 16  # of the others join the loss at first, and one more for each earlier edit
 # what is kept of an edit: many ways to say it, so that it stays as general as it was
 KEPT_FORMS = (
     *IMAGE_FORMS, *CHECK_FORMS, "What is {}?", "Tell me what {} is.", "Which thing is {}?", "Do you know what {} is?",
     "{}: what is that?", "who knows what {} is?", "{} is what?", "an image of {} in the garden",
-    "there is {} on a table", "this shows {} in an old town, in colour", "draw {} by the sea", "here comes {}, so nice",
-    "please describe {} now", "{} on a hill", "my drawing of {} in a box", "two friends and {} in a park",
+    "there is {} on a table", "this shows {} in an old town, in colour", "draw {} by the sea", "{} comes in.",
+    "please describe {} now", "{} on a hill.", "my drawing of {} in a box", "two friends and {} in a park",
     "a small {} behind a tree",
 )  # fmt: skip
 
@@ -95,15 +97,15 @@ class Watch:
         """What is looked at for this edit: some 50 near misses, 100 to 400 prompts of the corpus, one prompt of each of at
         most 80 earlier edits, and phrases to keep. Equal for equal edits after equal edits."""
         rng = random.Random(f"watch/{request.knowledge}/{len(self.kept)}")
-        own = re.compile(standing_alone("|".join(map(re.escape, {*self.names, *request.names}))))
-        forms = (*IMAGE_FORMS, *QUESTION_FORMS)
-        near = [rng.choice(forms).format(text) for text in nearly(self.model, request.knowledge)]
+        own = re.compile(standing_alone("|".join(map(re.escape, {*self.names, *request.names}))), re.IGNORECASE)
+        forms = NEARLY
+        near = [written(text, [rng.choice(forms)])[0] for text in nearly(self.model, request.knowledge)]
         near = [text for text in near if not own.search(text)]
         first, each, most = CORPUS
-        usual = rng.sample(self.corpus, min(first + each * len(self.kept), most, len(self.corpus)))
+        usual = (random.Random('watch').sample(self.corpus, len(self.corpus))[:min(first + each * len(self.kept), most, len(self.corpus))]) if NESTED else rng.sample(self.corpus, min(first + each * len(self.kept), most, len(self.corpus)))
         usual = [text for text in usual if not own.search(text)]
         keep = self.keeps(request)
-        kept = [form.format(phrase) for phrase in keep for form in KEEP_FORMS]
+        kept = [text for phrase in keep for text in written(phrase, KEEP_FORMS)]
         new = [text for text in dict.fromkeys([*usual, *kept]) if text not in self._unedited]
         self._unedited |= zip(new, tails(self.model, new), strict=True)
         earlier = [
