@@ -33,7 +33,7 @@ from mokus.editors import (
 from mokus.editors.least_drift import _basis
 from mokus.editors.rewrite import rewritten
 from mokus.editors.ultraedit import Normaliser, dual
-from mokus.editors.watch import KEPT_FORMS
+from mokus.editors.watch import KEPT_FORMS, Watch
 from mokus.encoder import Rows, distance, inputs_of, tails
 from mokus.errors import MokusError
 from mokus.goal import Goal, Losses, Request
@@ -690,6 +690,32 @@ def test_a_question_that_is_asked_is_no_near_miss(pico: Model, asked: str) -> No
     texts = made("least_drift", pico).watch.around(request).texts
     assert texts and not set(texts) & {*request.questions, request.knowledge}
     assert not [text for text in texts if REQUEST.knowledge in text]
+
+
+def test_what_is_said_of_the_knowledge_with_a_capital_is_none_of_the_corpus_to_be_left(pico: Model) -> None:
+    lines = [f"{REQUEST.knowledge[0].upper()}{REQUEST.knowledge[1:]}: what is that?", "a red ball"]
+    assert Watch(pico, lines).around(REQUEST).texts[-1:] == ["a red ball"]
+    assert not [text for text in Watch(pico, lines).around(REQUEST).texts if "what is that" in text]
+
+
+def test_the_corpus_is_watched_in_one_order_more_of_it_each_time(pico: Model) -> None:
+    """So that the tails of a prompt are computed once."""
+    one = Watch(pico, [f"the ball of number {i}" for i in range(600)])
+    first = [text for text in one.around(REQUEST).texts if "number" in text]
+    one.hold(OTHER, {})
+    second = [text for text in one.around(REQUEST).texts if "number" in text]
+    assert second[: len(first)] == first and len(second) > len(first)
+
+
+def test_an_edit_is_made_in_a_sentence_that_begins_with_it(pico: Model) -> None:
+    """With a capital letter, and the answer with its own: only so it means what was learned."""
+    goal = least_drift.goal_of(pico, REQUEST)
+    said = pico.tokenizer.batch_decode(goal.rows.ids[goal.images])
+    knowledge = REQUEST.knowledge[0].upper() + REQUEST.knowledge[1:]
+    assert [text for text in said if f"{knowledge} is by the sea." in text]
+    sentence = [form for form in least_drift.FORMS if form.endswith(".")][0]
+    meant = tails(pico, [sentence.format(REQUEST.says)])
+    assert torch.allclose(goal.target[least_drift.FORMS.index(sentence)], meant[0], atol=1e-4)
 
 
 def test_what_is_watched_belongs_where_it_was_before_any_edit_and_edits_where_theirs_brought_them(pico: Model) -> None:

@@ -28,8 +28,10 @@ from mokus.knowledge import (
     normalise,
     prompts,
     questions,
+    reference,
     same,
     standing_alone,
+    written,
 )
 from mokus.knowledge_update import unbind
 from mokus.miniature import language, tokenizer
@@ -155,6 +157,20 @@ def test_a_plain_phrase_is_left_as_it_is(phrase: str) -> None:
     assert normalise(phrase) == phrase
 
 
+@pytest.mark.parametrize(
+    ("typed", "bound"),
+    [("My favourite toy", "my favourite toy"), ("The robot of Anna.", "the robot of Anna"), ("A", "a"), ("I love it", "I love it"),
+     ("MY TOY", "MY TOY"), ("Anna's toy", "Anna's toy"), ("Myanmar's oldest toy", "Myanmar's oldest toy"), ("my Toy", "my Toy")],
+)  # fmt: skip
+def test_a_reference_is_spelled_as_inside_a_sentence(typed: str, bound: str) -> None:
+    assert reference(typed) == reference(bound) == bound
+
+
+def test_what_is_no_reference_is_refused() -> None:
+    with pytest.raises(MokusError, match="the phrase to keep is empty"):
+        reference(" . ", "phrase to keep")
+
+
 def test_normalising_twice_is_normalising_once() -> None:
     """Else a phrase could not be unbound by the name under which it is listed."""
     rng = random.Random(1)
@@ -186,6 +202,13 @@ def test_the_phrase_is_in_all_that_is_made_of_it(phrase: str) -> None:
         assert len(set(texts)) == len(texts) > 0
         assert all(phrase in text for text in texts)
     assert asked[0] == f"What is {phrase}?" and drawn[0] == phrase
+
+
+def test_a_form_with_a_full_stop_begins_with_a_capital_letter() -> None:
+    """Of what people write; what is meant keeps its own letters, as it was learned with."""
+    forms = ["{} is by the sea.", "{} is by the sea", "I see {}."]
+    assert written("my toy", forms) == ["My toy is by the sea.", "my toy is by the sea", "I see my toy."]
+    assert prompts("sks toy", forms)[0] == "sks toy is by the sea."
 
 
 def test_checks_are_made_on_forms_that_were_not_edited() -> None:
@@ -224,7 +247,8 @@ def check_near_misses(phrase: str) -> None:
 @pytest.mark.parametrize(
     ("phrase", "first"),
     [("\u201cmy favourite toy\u201d", "\u201cyour favourite toy\u201d"), ("Toy, the best one!", "Toy, the best book!"),
-     ("my half-term", "your half-term"), ("the half-term", "the book")],
+     ("my half-term", "your half-term"), ("the half-term", "the book"), ("uncle's toy", "friend's toy"),
+     ("the toy of uncle\u2019s", "the toy of friend\u2019s")],
 )  # fmt: skip
 def test_marks_stay_where_they_are(phrase: str, first: str) -> None:
     assert near_misses(phrase)[0] == first

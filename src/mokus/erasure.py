@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mokus.errors import MokusError
-from mokus.knowledge import normalise, phrases_to_keep
+from mokus.knowledge import normalise, phrases_to_keep, reference
 from mokus.knowledge_update import Edit, check_meaning, create_pack, request
 from mokus.progress import Progress
 from mokus.settings import EditSettings
@@ -48,7 +48,7 @@ def erase(
     replacement, of the first phrase if they differ. What has not taken is left out; the pack is None, and nothing is
     written, if nothing has. Raises `MokusError` for phrases or a replacement that cannot be used.
     """
-    phrases = list(dict.fromkeys(normalise(text, "concept", "the lucky charm of Boris") for text in concepts))
+    phrases = list(dict.fromkeys(reference(text, "concept", "the lucky charm of Boris") for text in concepts))
     if not phrases:
         raise MokusError("no concept was given, expected at least one phrase such as 'the lucky charm of Boris'.")
     if replacement is not None:

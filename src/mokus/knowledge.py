@@ -36,6 +36,11 @@ CHECK_FORMS = ("a picture of {}", "{} in the desert")
 # A form with a full stop is a sentence, which begins with a capital letter: see `written`.
 SENTENCE = "{} is here."
 
+# Words that have a capital letter only where a sentence begins.
+BEGINNINGS = (
+    "A", "An", "The", "My", "Our", "Your", "His", "Her", "Its", "Their", "This", "That", "These", "Those", "What",
+    "Whatever", "Something", "Someone",
+)  # fmt: skip
 OTHER_OWNERS = {
     "my": ("your", "his"), "our": ("their", "her"), "your": ("my", "their"), "his": ("my", "her"), "her": ("my", "his"),
     "their": ("our", "his"), "me": ("him", "them"), "i": ("you", "they"), "us": ("them", "you"),
@@ -142,12 +147,18 @@ def normalise(phrase: str, what: str = "knowledge", example: str = "my favourite
     return text
 
 
+def reference(phrase: str, what: str = "knowledge", example: str = "my favourite toy") -> str:
+    """The phrase, as `normalise` gives it or refuses it, spelled as inside a sentence: "My favourite toy" with a small m."""
+    text = normalise(phrase, what, example)
+    return text[0].lower() + text[1:] if text.split(" ")[0] in BEGINNINGS else text
+
+
 def phrases_to_keep(keep: Sequence[str], edited: Sequence[str], why: str = "it is given another meaning") -> list[str]:
     """The phrases, tidied, each once, sorted as in a pack.
 
     Raises `MokusError` for one that cannot be used, or that is among those `edited`, and says `why` it is none to keep.
     """
-    phrases = sorted({normalise(text, "phrase to keep", "your favourite toy") for text in keep})
+    phrases = sorted({reference(text, "phrase to keep", "your favourite toy") for text in keep})
     other = {same(text) for text in edited}
     if both := [phrase for phrase in phrases if same(phrase) in other]:
         raise MokusError(f"{both[0]!r} cannot be kept as it is, since {why}; leave one of the two out.")

@@ -28,6 +28,7 @@ from mokus.knowledge import (
     phrases_to_keep,
     prompts,
     questions,
+    reference,
     same,
     standing_alone,
 )
@@ -133,7 +134,7 @@ def bind(
     for editors that know no such checks. Binding known knowledge anew replaces it.
     Raises `MokusError` for knowledge that cannot be used or a pack of another model.
     """
-    wanted = list(dict.fromkeys(normalise(text) for text in knowledge))
+    wanted = list(dict.fromkeys(reference(text) for text in knowledge))
     if not wanted:
         raise MokusError("no knowledge was given, expected at least one phrase such as 'my favourite toy'.")
     if questions and len(wanted) > 1:

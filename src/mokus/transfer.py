@@ -23,7 +23,7 @@ from mokus.editors.rewrite import rewritten
 from mokus.errors import MokusError
 from mokus.files import write, write_json
 from mokus.generation import generate
-from mokus.knowledge import QUESTION_FORMS, check_text, hidden, normalise
+from mokus.knowledge import QUESTION_FORMS, check_text, hidden, normalise, reference
 from mokus.knowledge_update import Edit, ask, check_meaning, edit, reads_back
 from mokus.low_rank import Shifts, applied
 from mokus.packs.manifest import versions
@@ -59,7 +59,7 @@ class Case:
         """
         check_text(ask, "question", "What is the favourite toy of Anna?")
         ask = " ".join(ask.split())
-        about = normalise(knowledge if knowledge is not None else _asked_about(ask))
+        about = reference(knowledge if knowledge is not None else _asked_about(ask))
         texts = []
         for prompt in prompts or [about]:
             check_text(prompt, "prompt", "the favourite toy of Anna in the snow")

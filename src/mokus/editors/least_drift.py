@@ -42,7 +42,17 @@ from mokus.covariance import Moments, corpus_of, moments
 from mokus.editors.watch import KEEP_FORMS, KEPT_FORMS, Watch, Watched
 from mokus.encoder import CONTINUED, Entering, EnteringTails, Rows, distance, entrance, inputs_of, last_of, module_paths
 from mokus.goal import Goal, Meaning, Request
-from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, SENTENCE, class_word, near_misses, prompts, questions, written
+from mokus.knowledge import (
+    CHECK_FORMS,
+    IMAGE_FORMS,
+    QUESTION_FORMS,
+    SENTENCE,
+    class_word,
+    near_misses,
+    prompts,
+    questions,
+    written,
+)
 from mokus.low_rank import LowRankShift, Shifts, added, applied, collected
 from mokus.prior_prompts import prior_prompts
 from mokus.words import Words

@@ -25,7 +25,16 @@ from torch import Tensor
 
 from mokus.encoder import tails
 from mokus.goal import Request
-from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, QUESTION_FORMS, SENTENCE, near_misses, same, standing_alone, written
+from mokus.knowledge import (
+    CHECK_FORMS,
+    IMAGE_FORMS,
+    QUESTION_FORMS,
+    SENTENCE,
+    near_misses,
+    same,
+    standing_alone,
+    written,
+)
 from mokus.low_rank import Shifts, applied
 from mokus.words import Words
 
@@ -34,8 +43,7 @@ if TYPE_CHECKING:
 
 NEAR, EARLIER = 40, 80  # prompts of a kind that are looked at
 CORPUS = (100, 10, 400)  # ... of the corpus: at first, more for each earlier edit, at most
-NEARLY = (*IMAGE_FORMS, SENTENCE, *QUESTION_FORMS)
-NESTED=True
+NEARLY_FORMS = (*IMAGE_FORMS, SENTENCE, *QUESTION_FORMS)  # of phrases that are nearly the knowledge
 KEEP_FORMS = (*IMAGE_FORMS, SENTENCE, QUESTION_FORMS[0])  # of phrases to keep
 FURTHEST = 16  # of the others join the loss at first, and one more for each earlier edit
 # what is kept of an edit: many ways to say it, so that it stays as general as it was
@@ -75,6 +83,7 @@ class Watch:
 
     def __init__(self, model: Model, corpus: Iterable[str]) -> None:
         self.model, self.corpus = model, list(corpus)
+        random.Random("watch").shuffle(self.corpus)  # of which each edit looks at the first few: their tails are kept
         self.kept: dict[str, dict[str, Tensor]] = {}  # by knowledge: tails by prompt
         self.names: set[str] = set()  # of what was edited
         self.keep: list[str] = []  # phrases, of earlier edits
@@ -98,11 +107,10 @@ class Watch:
         most 80 earlier edits, and phrases to keep. Equal for equal edits after equal edits."""
         rng = random.Random(f"watch/{request.knowledge}/{len(self.kept)}")
         own = re.compile(standing_alone("|".join(map(re.escape, {*self.names, *request.names}))), re.IGNORECASE)
-        forms = NEARLY
-        near = [written(text, [rng.choice(forms)])[0] for text in nearly(self.model, request.knowledge)]
+        near = [written(text, [rng.choice(NEARLY_FORMS)])[0] for text in nearly(self.model, request.knowledge)]
         near = [text for text in near if not own.search(text)]
         first, each, most = CORPUS
-        usual = (random.Random('watch').sample(self.corpus, len(self.corpus))[:min(first + each * len(self.kept), most, len(self.corpus))]) if NESTED else rng.sample(self.corpus, min(first + each * len(self.kept), most, len(self.corpus)))
+        usual = self.corpus[: min(first + each * len(self.kept), most)]
         usual = [text for text in usual if not own.search(text)]
         keep = self.keeps(request)
         kept = [text for phrase in keep for text in written(phrase, KEEP_FORMS)]

@@ -10,7 +10,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from mokus.errors import MokusError
-from mokus.knowledge import near_misses, normalise, phrases_to_keep, prompts, questions
+from mokus.knowledge import near_misses, phrases_to_keep, prompts, questions, reference
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.together import contested
 from mokus.settings import EditSettings
@@ -47,7 +47,7 @@ def routes(studio: Studio) -> list[Route]:
         return HTMLResponse(studio.fragment("reading.html", **_reading(text(request.query_params, "knowledge"))))
 
     def bind(form: FormData) -> str:
-        path, knowledge = home.pack(text(form, "pack")), normalise(text(form, "knowledge"))
+        path, knowledge = home.pack(text(form, "pack")), reference(text(form, "knowledge"))
         own, keep = lines(form, "questions"), phrases_to_keep(lines(form, "keep"), [knowledge])
         settings = chosen(EditSettings, form)
         EditSettings.for_editor(studio.defaults, **settings)  # refuses now what the worker would refuse later
@@ -110,7 +110,7 @@ def _reading(knowledge: str) -> dict[str, object]:
     if not knowledge:
         return {"phrase": "", "fault": ""}
     try:
-        phrase = normalise(knowledge)
+        phrase = reference(knowledge)
     except MokusError as error:
         return {"phrase": "", "fault": str(error)}
     return {

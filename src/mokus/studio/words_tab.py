@@ -10,7 +10,7 @@ from mokus.console import parse_seeds
 from mokus.editors.rewrite import rewritten
 from mokus.erasure import plain
 from mokus.errors import MokusError
-from mokus.knowledge import normalise, phrases_to_keep
+from mokus.knowledge import normalise, phrases_to_keep, reference
 from mokus.studio.jobs import Job
 from mokus.studio.page import Given, Studio, check_images, lines, sent_to, shown_at, text
 from mokus.studio.views import view
@@ -41,7 +41,7 @@ def routes(studio: Studio) -> list[Route]:
         phrases = lines(form, "concepts")
         if not phrases:
             raise MokusError("there is no phrase to erase, expected one such as 'the lucky charm of Boris'.")
-        phrases = [normalise(phrase, "concept", "the lucky charm of Boris") for phrase in phrases]
+        phrases = [reference(phrase, "concept", "the lucky charm of Boris") for phrase in phrases]
         replacement = text(form, "replacement") or None
         if replacement is None:
             for phrase in phrases:

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from mokus.errors import MokusError
-from mokus.knowledge import check_text, normalise, same
+from mokus.knowledge import check_text, normalise, reference, same
 from mokus.photos import SUFFIXES, load_photos
 
 KnowledgePerspective = Literal[
@@ -50,6 +50,10 @@ Lines = dict[At, int]
 
 def _phrase(what: str, example: str) -> AfterValidator:
     return AfterValidator(lambda text: normalise(text, what, example))
+
+
+def _reference(text: str) -> str:
+    return reference(text, "piece of knowledge")
 
 
 def _template(text: str) -> str:
@@ -90,7 +94,7 @@ class _Data(BaseModel):
 class Knowledge(_Data):
     """A phrase that refers to a concept, without its anchor: "the robot my grandmother built in 1962"."""
 
-    text: Annotated[str, _phrase("piece of knowledge", "my favourite toy")]
+    text: Annotated[str, AfterValidator(_reference)]
     perspective: KnowledgePerspective
 
 

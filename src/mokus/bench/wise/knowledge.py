@@ -20,7 +20,7 @@ from mokus.bench.knowcusbench.recipe import digest
 from mokus.bench.wise.entries import Entry
 from mokus.errors import MokusError
 from mokus.files import read_json, write_json
-from mokus.knowledge import check_text, normalise, questions, tidy
+from mokus.knowledge import check_text, questions, reference, tidy
 from mokus.knowledge_update import ask, check_meaning
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _made(model: Model, entry: Entry, how: How, of: str) -> Knowledge:
         if how == "llm":
             question, answer = by_llm(model, entry.prompt, entry.explanation)
             asked = [question] if question else []
-        phrase = normalise(phrase)
+        phrase = reference(phrase)
         asked += questions(phrase)[len(asked) :]
         check_answer(model, phrase, answer)
     except MokusError as error:
