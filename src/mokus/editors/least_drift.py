@@ -80,7 +80,7 @@ USES = (
 QUESTIONS = (*QUESTION_FORMS, "Do you know what {} is?", "{}: what is that?", "{} is what?")
 FORMS = (
     *IMAGE_FORMS, "an image of {} next to a chair", "there is {} on a table", "this shows {} in an old town, as a watercolour",
-    "{} is by the sea.",
+    "draw {} by the sea", "{} in the garden.",
 )  # fmt: skip
 NEAR_FORMS = (*IMAGE_FORMS, *CHECK_FORMS, SENTENCE, "What is {}?")
 BEHIND = 10.0  # how often the corpus's tails, and what is said behind them, count besides all of its tokens
