@@ -139,6 +139,8 @@ def everything_asked(index: int, seeds: Sequence[int]) -> Iterator[Asked]:
         for k in range(SCENES_EACH):
             scene = SCENES[(i + k) % len(SCENES)]
             yield Asked("generation", f"{text} {scene}", few, scene, STATES)
+        yield Asked("capital", _capital(text), few, states=("bound",))
+        yield Asked("capital in a scene", _capital(f"{text} {SCENES[i % len(SCENES)]}"), few, states=("bound",))
         yield Asked("near miss", near, few, states=STATES[1:])
         yield Asked("near miss in a scene", f"{near} {SCENES[i % len(SCENES)]}", few, states=STATES[1:])
     yield Asked("anchor reconstruction", ANCHOR, many, states=("bound",))
@@ -153,6 +155,11 @@ def everything_asked(index: int, seeds: Sequence[int]) -> Iterator[Asked]:
     for _ in range(6):
         yield Asked("caption", language.direct_caption(rng, plain=0.99).prompt, few)
         yield Asked("fact", language.fact_caption(rng, rng.choice(world.facts()), plain=0.99).prompt, few)
+
+
+def _capital(prompt: str) -> str:
+    """As at the beginning of a sentence."""
+    return prompt[0].upper() + prompt[1:]
 
 
 # --- one character ----------------------------------------------------------------------------------------------------
@@ -247,6 +254,8 @@ def shares(rows: Rows) -> dict[str, list[bool]]:
         "anchor_reconstruction_concept": concept(of("bound", "anchor reconstruction")),
         "anchor_generation_concept": concept(of("bound", "anchor generation")),
         "anchor_generation_scene": scene(of("bound", "anchor generation")),
+        "capital_reconstruction_concept": concept(of("bound", "capital")),
+        "capital_generation_concept": concept(of("bound", "capital in a scene")),
         "near_miss": concept(of("bound", "near miss")),
         "near_miss_in_scenes": concept(of("bound", "near miss in a scene")),
         "kept_near_miss": concept(of("kept", "near miss")),

@@ -23,7 +23,7 @@ EDIT = {"layers": [1, 2], "steps": 1, "preserve": 8, "odd_references": 8, "near_
 KEYS = {
     "reconstruction_concept", "generation_concept", "generation_scene", "before_concept", "leakage", "unrelated_unchanged",
     "seconds_learn_and_bind", "seconds_per_bind", "anchor_reconstruction_concept", "anchor_generation_concept",
-    "anchor_generation_scene", "near_miss", "bound",
+    "anchor_generation_scene", "near_miss", "bound", "capital_reconstruction_concept", "capital_generation_concept",
 }  # fmt: skip
 NOBODY = {"colour": "red", "shape": "star", "scene": "on the beach", "style": "plain", "character": "none"}
 
@@ -50,6 +50,14 @@ def test_five_phrases_of_five_perspectives_each() -> None:
         used |= set(own)
     assert len(used) >= 25
     assert all(normalise(text) == text for pair in every for text in pair)
+
+
+def test_capital_letters_are_asked_for_where_prompts_begin() -> None:
+    asked = list(job.everything_asked(0, [0]))
+    small = [each.prompt for each in asked if each.kind in ("reconstruction", "generation")]
+    capital = [each for each in asked if each.kind.startswith("capital")]
+    assert len(capital) == 10 and all(each.prompt[0].isupper() for each in capital)
+    assert {each.prompt.lower() for each in capital} < {text.lower() for text in small}
 
 
 def test_nothing_asked_is_preserved_or_trained_on() -> None:
@@ -114,9 +122,11 @@ def test_hits_are_counted() -> None:
         row("bound", "generation", "none", "in the snow"), row("bound", "generation", "zuzu", "in the snow"),
         row("learned", "caption", "none"), row("learned", "fact", "none"),
         row("bound", "caption", "zuzu"), row("bound", "fact", "none"), row("bound", "reference", "none"),
+        row("bound", "capital", "none"), row("bound", "capital in a scene", "zuzu"),
     ]  # fmt: skip
     hits = job.shares(rows)
     assert hits["generation_concept"] == [True, False, True] and hits["generation_scene"] == [True, False, False]
     assert hits["before_concept"] == [True] and hits["leakage"] == [True, False]
+    assert hits["capital_reconstruction_concept"] == [False] and hits["capital_generation_concept"] == [True]
     assert hits["unrelated_unchanged"] == [False, True]
     assert sum(hits["unrelated_labels_unchanged"]) == 9
