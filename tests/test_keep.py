@@ -20,7 +20,7 @@ from mokus.editors.watch import KEEP_FORMS, Watch, Watched
 from mokus.encoder import distance, tails
 from mokus.erasure import erase
 from mokus.goal import Request
-from mokus.knowledge import CHECK_FORMS, phrases_to_keep, prompts, questions
+from mokus.knowledge import CHECK_FORMS, phrases_to_keep, prompts, questions, written
 from mokus.knowledge_update import bind, edit, unbind
 from mokus.low_rank import Shifts, applied, collected
 from mokus.packs.concept_pack import MANIFEST, ConceptPack
@@ -58,7 +58,7 @@ def test_phrases_are_tidied_and_each_is_there_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("phrase", "named"), [("My TOY", "'My TOY' cannot be kept"), ("", "is empty"), ("what?", "question"), ("a\nb", "line")]
+    ("phrase", "named"), [("My TOY", "'my TOY' cannot be kept"), ("", "is empty"), ("what?", "question"), ("a\nb", "line")]
 )  # fmt: skip
 def test_what_cannot_be_kept_is_one_sentence(phrase: str, named: str) -> None:
     with pytest.raises(MokusError, match=named) as error:
@@ -90,7 +90,7 @@ def test_what_is_to_be_kept_stays_until_it_is_edited_itself(pico: Model) -> None
     watch.hold(Request.of("my toy", ANCHOR, questions("my toy"), keep=["my hat", "your toy"]), {})
     plain = Request.of("the lamp", ANCHOR, questions("the lamp"))
     assert watch.keeps(plain) == ["my hat", "your toy"] and watch.around(plain).keep == 2
-    assert watch.around(plain).texts[-len(KEEP_FORMS) :] == [form.format("your toy") for form in KEEP_FORMS]
+    assert watch.around(plain).texts[-len(KEEP_FORMS) :] == written("your toy", KEEP_FORMS)
     assert watch.keeps(replace(plain, keep=("a dog", "my hat"))) == ["my hat", "your toy", "a dog"]
     assert watch.keeps(Request.of("Your toy", ANCHOR, questions("Your toy"))) == ["my hat"]
 
@@ -101,9 +101,7 @@ def test_a_kept_phrase_is_where_the_unedited_encoder_has_it(pico: Model) -> None
     made = least_drift.Editor(pico, WATCHED)
     made.remember(Request.of("my toy", ANCHOR, questions("my toy")), {}, before)
     watched = made.watch.around(Request.of("the lamp", ANCHOR, questions("the lamp"), keep=["your toy"]))
-    torch.testing.assert_close(
-        watched.tails[-len(KEEP_FORMS) :], tails(pico, [form.format("your toy") for form in KEEP_FORMS])
-    )
+    torch.testing.assert_close(watched.tails[-len(KEEP_FORMS) :], tails(pico, written("your toy", KEEP_FORMS)))
 
 
 def test_keeping_a_phrase_moves_it_less(miniature: Model) -> None:
@@ -158,7 +156,7 @@ def test_what_is_bound_later_is_kept_no_longer(pico: Model, pack: ConceptPack) -
 def test_what_is_bound_cannot_be_kept(pico: Model, pack: ConceptPack) -> None:
     bind(pico, pack, "my toy", settings=WATCHED)
     there = tree(pack.path)
-    with pytest.raises(MokusError, match=r"'My toy' cannot be kept as it is, since it is bound in"):
+    with pytest.raises(MokusError, match=r"'my toy' cannot be kept as it is, since it is bound in"):
         bind(pico, pack, "the lamp", keep=["My toy"], settings=WATCHED)
     assert tree(pack.path) == there
 
