@@ -118,7 +118,7 @@ def test_learn_bind_ask_generate_unbind_show(place: Path, photos: Path) -> None:
     assert "learned 'sks toy'" in said and "previews: 1 in toy.pack/samples" in said and "mokus bind toy.pack" in said
     untouched = listing(place / "toy.pack")
 
-    assert "bound" in good("bind", "toy.pack", "my favourite toy", "the one that makes me smile")
+    assert "bound" in good("bind", "toy.pack", "My favourite toy.", "the one that makes me smile")
     shown = json.loads(good("show", "toy.pack", "--json"))
     assert [known["text"] for known in shown["knowledge"]] == ["my favourite toy", "the one that makes me smile"]
     assert (shown["anchor"], shown["class_word"], shown["mokus"]) == ("sks toy", "toy", __version__)
@@ -137,7 +137,7 @@ def test_learn_bind_ask_generate_unbind_show(place: Path, photos: Path) -> None:
     assert sorted(path.name for path in (place / "out").iterdir()) == sorted(Path(row["file"]).name for row in rows)
     assert Image.open(rows[0]["file"]).size == (SIZE, SIZE)
 
-    assert "0 left" in good("unbind", "toy.pack", "the one that makes me smile", "my favourite toy")
+    assert "0 left" in good("unbind", "toy.pack", "the one that makes me smile", "My favourite toy")
     assert listing(place / "toy.pack") == untouched
     assert "no knowledge bound yet" in good("show", "toy.pack")
 

@@ -713,7 +713,7 @@ def test_an_edit_is_made_in_a_sentence_that_begins_with_it(pico: Model) -> None:
     said = pico.tokenizer.batch_decode(goal.rows.ids[goal.images])
     knowledge = REQUEST.knowledge[0].upper() + REQUEST.knowledge[1:]
     assert [text for text in said if f"{knowledge} in the garden." in text]
-    sentence = [form for form in least_drift.FORMS if form.endswith(".")][0]
+    sentence = next(form for form in least_drift.FORMS if form.endswith("."))
     meant = tails(pico, [sentence.format(REQUEST.says)])
     assert torch.allclose(goal.target[least_drift.FORMS.index(sentence)], meant[0], atol=1e-4)
 

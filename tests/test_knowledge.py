@@ -159,7 +159,7 @@ def test_a_plain_phrase_is_left_as_it_is(phrase: str) -> None:
 
 @pytest.mark.parametrize(
     ("typed", "bound"),
-    [("My favourite toy", "my favourite toy"), ("The robot of Anna.", "the robot of Anna"), ("A", "a"), ("I love it", "I love it"),
+    [("My favourite toy", "my favourite toy"), ("The robot of Anna.", "the robot of Anna"), ("A", "a"), ("I see", "I see"),
      ("MY TOY", "MY TOY"), ("Anna's toy", "Anna's toy"), ("Myanmar's oldest toy", "Myanmar's oldest toy"), ("my Toy", "my Toy")],
 )  # fmt: skip
 def test_a_reference_is_spelled_as_inside_a_sentence(typed: str, bound: str) -> None:

@@ -8,8 +8,11 @@ import pytest
 from diffusers import QwenImagePipeline
 
 import mokus
-from mokus import knowledge_update
-from mokus.miniature import evaluate, oracle, world
+from mokus import knowledge_update, low_rank
+from mokus.encoder import distance, tails
+from mokus.knowledge import prompts
+from mokus.miniature import evaluate, example, oracle, world
+from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model, encode
 from mokus.settings import LearnSettings
 
@@ -53,6 +56,18 @@ def test_diffusers_loads_it_alone(miniature: Model) -> None:
                  negative_prompt=" ").images[0]  # fmt: skip
     read = oracle.load().read([image])[0]
     assert (read["colour"], read["scene"], read["character"]) == ("red", "in the snow", oracle.NONE)
+
+
+def test_a_phrase_that_begins_a_sentence_means_the_same(miniature: Model) -> None:
+    """In scenes that no edit is made with, with a full stop and without; "My favourite toy" is other tokens than "my" is."""
+    pack = ConceptPack.open(example.FOLDER)
+    for phrase in example.PHRASES:
+        begins = phrase[0].upper() + phrase[1:]
+        images, meant = (prompts(text, ["{} in the desert", "{} in the forest."]) for text in (begins, pack.anchor))
+        target, before = tails(miniature, meant), tails(miniature, images)
+        with low_rank.applied(miniature.pipe.text_encoder, pack.shifts()):
+            after = tails(miniature, images)
+        assert float((1 - distance(after, target) / distance(before, target)).mean()) > 0.5
 
 
 @pytest.mark.parametrize("steps, least", [(150, 0.375), pytest.param(400, 0.75, marks=pytest.mark.exhaustive)])
