@@ -137,6 +137,9 @@ def test_learn_bind_ask_generate_unbind_show(place: Path, photos: Path) -> None:
     assert sorted(path.name for path in (place / "out").iterdir()) == sorted(Path(row["file"]).name for row in rows)
     assert Image.open(rows[0]["file"]).size == (SIZE, SIZE)
 
+    [row] = json.loads(good("generate", "a ball", "--size", f"{2 * SIZE}x{SIZE}", "-o", "out", "--json"))
+    assert Image.open(row["file"]).size == (2 * SIZE, SIZE) and row["settings"]["size"] == [2 * SIZE, SIZE]
+
     assert "0 left" in good("unbind", "toy.pack", "the one that makes me smile", "My favourite toy")
     assert listing(place / "toy.pack") == untouched
     assert "no knowledge bound yet" in good("show", "toy.pack")
@@ -331,6 +334,10 @@ BAD = {
     "generate toy -o out --seeds ''": "--seeds got ''",
     "generate toy -o out --seeds 0-999999999": "more than 10,000 seeds",
     "generate toy -o out --size 33": "the size is 33, expected a multiple of 8 pixels; 32 would do",
+    "generate toy -o out --size 64x33": "the size is 64x33, expected a multiple of 8 pixels; 64x32 would do",
+    "generate toy -o out --size 64x": "--size got '64x', expected pixels such as 1024, or width and height such as 1664x928",
+    "generate toy -o out --size 0": "--size got '0'",
+    "generate toy -o out --size 64x99999": "the size is 64x99999, expected at most",
     "generate toy -o out --steps 1": "steps is 1, expected at least 2",
     "generate toy -o out --true-cfg-scale nan": "true_cfg_scale is nan",
     "generate toy -o out --batch-size 0": "Invalid value for '--batch-size'",

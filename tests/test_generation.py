@@ -21,6 +21,7 @@ from mokus.errors import MokusError
 from mokus.generation import Generated, generate, packs_loaded, save_png
 from mokus.packs.concept_pack import LORA, README, ConceptPack
 from mokus.pipeline import Model
+from mokus.sizes import Size, sides, simplest
 
 from .conftest import SIZE, STEPS, PackFactory, known, random_lora, random_shifts
 
@@ -46,9 +47,10 @@ def plain(folder: Path, *packs: ConceptPack, dtype: torch.dtype = torch.float32)
     return pipe
 
 
-def drawn(pipe: QwenImagePipeline, prompt: str, seed: int = 0, scale: float = 4.0, size: int = SIZE) -> Image.Image:
+def drawn(pipe: QwenImagePipeline, prompt: str, seed: int = 0, scale: float = 4.0, size: Size = SIZE) -> Image.Image:
+    width, height = sides(size)
     return pipe(
-        prompt, negative_prompt=" " if scale > 1 else None, true_cfg_scale=scale, height=size, width=size,
+        prompt, negative_prompt=" " if scale > 1 else None, true_cfg_scale=scale, height=height, width=width,
         num_inference_steps=STEPS, generator=torch.Generator("cpu").manual_seed(seed),
     ).images[0]  # fmt: skip
 
@@ -117,10 +119,11 @@ def test_plain_diffusers_in_bfloat16(pico_folder: Path, pack: ConceptPack, tmp_p
     assert (rounded - exact).norm() < 0.02 * (exact - bare).norm()
 
 
-def test_without_packs_it_is_the_plain_pipeline(pico: Model, pico_folder: Path, pack: ConceptPack) -> None:
-    (bare,), (with_pack,) = generate(pico, PROMPTS[0], size=48), generate(pico, PROMPTS[0], [pack], size=48)
-    assert bare.image.size == (48, 48)
-    assert bare.image.tobytes() == drawn(plain(pico_folder), PROMPTS[0], size=48).tobytes()
+@pytest.mark.parametrize("size", [48, (64, 48), (32, 64), (48, 48)])
+def test_without_packs_it_is_the_plain_pipeline(pico: Model, pico_folder: Path, pack: ConceptPack, size: Size) -> None:
+    (bare,), (with_pack,) = generate(pico, PROMPTS[0], size=size), generate(pico, PROMPTS[0], [pack], size=size)
+    assert bare.image.size == sides(size) and bare.settings["size"] == simplest(size)
+    assert bare.image.tobytes() == drawn(plain(pico_folder), PROMPTS[0], size=size).tobytes()
     assert np.abs(pixels([bare]) - pixels([with_pack])).mean() > 2
 
 

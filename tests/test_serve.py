@@ -156,6 +156,8 @@ def test_what_is_asked_reaches_the_worker_and_comes_back(running: Running) -> No
     toy = str(running.packs / "toy")
     assert ask.images(model="toy", prompt="a toy", n=2, seed=7) == [f"{toy}|a toy|{s}".encode() for s in (7, 8)]
     assert ask.images(prompt="a ball", seed=1, size="64x64", response_format=None, n=None) == [b"None|a ball|1"]
+    assert ask.images(prompt="a ball", seed=1, size="128x32") == [b"None|a ball|1"]  # no more pixels than 64x64 has
+    assert running.worker.calls.pop()[1]["size"] == (128, 32)
     assert running.worker.calls[-1][1]["size"] == 64 and running.worker.calls[0][1]["size"] == 32
     status, told = ask.draw(prompt="a", response_format="url", seed=3, model="pico")
     url = told["data"][0]["url"]
@@ -173,8 +175,9 @@ def test_what_is_asked_reaches_the_worker_and_comes_back(running: Running) -> No
         ({"prompt": "x" * 41}, 400, "prompt"), ({"prompt": "x", "n": 4}, 400, "n"), ({"prompt": "x", "n": 0}, 400, "n"),
         ({"prompt": "x", "n": "1"}, 400, "n"), ({"prompt": "x", "n": True}, 400, "n"), ({}, 400, "prompt"),
         ({"prompt": ["x"]}, 400, "prompt"), ({"prompt": None}, 400, "prompt"), ({"prompt": "x", "n": 10**400}, 400, "n"),
-        ({"prompt": "x", "size": "128x128"}, 400, "size"), ({"prompt": "x", "size": "32x64"}, 400, "size"),
-        ({"prompt": "x", "size": "24x24"}, 400, "size"), ({"prompt": "x", "size": "0x0"}, 400, "size"),
+        ({"prompt": "x", "size": "128x128"}, 400, "size"), ({"prompt": "x", "size": "80x64"}, 400, "size"),
+        ({"prompt": "x", "size": "24x24"}, 400, "size"), ({"prompt": "x", "size": "32x24"}, 400, "size"),
+        ({"prompt": "x", "size": "64"}, 400, "size"), ({"prompt": "x", "size": "0x0"}, 400, "size"),
         ({"prompt": "x", "size": "٣٢x٣٢"}, 400, "size"), ({"prompt": "x", "size": 32}, 400, "size"),
         ({"prompt": "x", "seed": -1}, 400, "seed"), ({"prompt": "x", "seed": 2**63}, 400, "seed"),
         ({"prompt": "x", "seed": 1.5}, 400, "seed"), ({"prompt": "x", "response_format": "exe"}, 400, "response_format"),

@@ -31,6 +31,7 @@ from mokus.console import (
     note,
     open_pack,
     parse_seeds,
+    parse_size,
     print_edits,
     print_json,
     results_folder,
@@ -261,7 +262,8 @@ def generate(
         str | None, typer.Option(help="What to steer away from.", show_default="the model's")
     ] = None,
     size: Annotated[
-        int | None, typer.Option(help="Height and width, pixels.", show_default="the model's", min=1)
+        str | None,
+        typer.Option(help="Pixels: 1024, or width and height: 1664x928.", show_default="the model's, a square"),
     ] = None,
     batch_size: Annotated[
         int, typer.Option(help="Images at a time; changes speed and memory, not the images.", min=1)
@@ -271,7 +273,7 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Draw prompts, with the concepts and the knowledge of packs or without: one PNG per prompt and seed."""
-    numbers, prompts = parse_seeds(seeds), list(dict.fromkeys(prompts))
+    numbers, prompts, sides = parse_seeds(seeds), list(dict.fromkeys(prompts)), parse_size(size)
     opened = [open_pack(path) for path in pack or []]
     _together(opened, prefer)
     loaded = load_model(model, device)
@@ -280,7 +282,7 @@ def generate(
     with Bars() as progress:
         results = generate(
             loaded, prompts, packs=opened, seeds=numbers, batch_size=batch_size, steps=steps,
-            true_cfg_scale=true_cfg_scale, size=size, negative_prompt=negative_prompt, progress=progress,
+            true_cfg_scale=true_cfg_scale, size=sides, negative_prompt=negative_prompt, progress=progress,
             prefer=prefer,
         )  # fmt: skip
         output.mkdir(parents=True, exist_ok=True)  # only now: what cannot be drawn leaves no folder

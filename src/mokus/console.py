@@ -28,6 +28,7 @@ from mokus.errors import MokusError
 from mokus.knowledge import shown
 from mokus.packs.files import refuse_inside
 from mokus.settings import SEEDS
+from mokus.sizes import Size, parsed
 
 if TYPE_CHECKING:
     from mokus.knowledge_update import Edit
@@ -246,6 +247,13 @@ def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
             )
         seeds += some
     return list(dict.fromkeys(seeds))
+
+
+def parse_size(text: str | None) -> Size | None:
+    """ "1024" or "1664x928", width and height in pixels."""
+    if text is not None and parsed(text) is None:
+        raise MokusError(f"--size got {text!r}, expected pixels such as 1024, or width and height such as 1664x928.")
+    return None if text is None else parsed(text)
 
 
 def parse_counts(text: str, option: str) -> list[int]:

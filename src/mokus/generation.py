@@ -31,8 +31,7 @@ from mokus.packs.together import chosen, shifts_of
 from mokus.pipeline import Model, check_bare, encode, pad
 from mokus.progress import Progress, silent
 from mokus.settings import AT_ONCE, SEEDS
-
-MAX_SIZE = 8192  # pixels, height and width
+from mokus.sizes import Size, check_size, sides, simplest
 
 
 @dataclass(frozen=True)
@@ -53,17 +52,17 @@ def generate(
     batch_size: int = AT_ONCE,
     steps: int | None = None,
     true_cfg_scale: float | None = None,
-    size: int | None = None,
+    size: Size | None = None,
     negative_prompt: str | None = None,
     progress: Progress | None = None,
     prefer: ConceptPack | Path | str | None = None,
 ) -> Iterator[Generated]:
     """Draw every prompt at every seed with the concepts and the knowledge of the packs: prompt by prompt, seed by seed.
 
-    `None` is the model's default; `size` is height and width in pixels; a guidance scale of 1 is none. An image does
-    not depend on what else is drawn, up to rounding in batches; alone and in float32 it is, to the bit, what the
-    pipeline draws with the packs loaded by diffusers and peft (in bfloat16 peft rounds the factors of the knowledge,
-    which stay float32 here). Between two images the model is as it was. `progress("drawing", done, total, {})` counts
+    `None` is the model's default; `size` in pixels is a square's side, or width and height; a guidance scale of 1 is
+    none. An image does not depend on what else is drawn, up to rounding in batches; alone and in float32 it is, to the
+    bit, what the pipeline draws with the packs loaded by diffusers and peft (in bfloat16 peft rounds the factors of the
+    knowledge, which stay float32 here). Between two images the model is as it was. `progress("drawing", done, total, {})` counts
     denoising steps of images. A phrase that several packs bind means what it means in the pack `prefer`, or its path.
 
     Raises `MokusError` at the call, not at the first image, for prompts, settings or packs that cannot be used.
@@ -73,7 +72,7 @@ def generate(
     settings: dict[str, Any] = {
         "steps": default.steps if steps is None else steps,
         "true_cfg_scale": float(default.true_cfg_scale if true_cfg_scale is None else true_cfg_scale),
-        "size": default.size if size is None else size,
+        "size": simplest(default.size if size is None else size),
         "negative_prompt": default.negative_prompt if negative_prompt is None else negative_prompt,
     }
     check_settings(model, settings, batch_size)
@@ -124,7 +123,7 @@ def draw(
 ) -> list[Image.Image]:
     """One batch through the pipeline as it is: encodings (s, d) and seeds -> images.
 
-    `settings`: steps, true_cfg_scale, size in pixels. `negative` (s, d): encoding of the negative prompt, if there is
+    `settings`: steps, true_cfg_scale, size (see `sizes`). `negative` (s, d): encoding of the negative prompt, if there is
     guidance, one for all or one for each. `step_done` is the pipeline's callback after each step.
     """
     each = [negative] * len(jobs) if negative is None or isinstance(negative, Tensor) else list(negative)
@@ -159,11 +158,12 @@ def draw_padded(
     step_done: Any = None,
 ) -> list[Image.Image]:
     """As `draw`, of encodings that are padded already (`pipeline.pad`), the negative ones as well."""
+    width, height = sides(settings["size"])
     return model.pipe(
         **model.backbone.call(model.pipe, told, unwanted, settings),
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        height=settings["size"],
-        width=settings["size"],
+        height=height,
+        width=width,
         callback_on_step_end=step_done or _nothing,
         callback_on_step_end_tensor_inputs=[],
         output_type="pil",
@@ -234,12 +234,7 @@ def provenance(model: Model, packs: Sequence[ConceptPack], prefer: ConceptPack |
 
 def check_settings(model: Model, settings: Mapping[str, Any], batch_size: int = 1) -> None:
     """Raise `MokusError` for a size, steps or a guidance scale that the model cannot draw with."""
-    size, multiple = settings["size"], model.size_multiple
-    if size > MAX_SIZE:
-        raise MokusError(f"the size is {size}, expected at most {MAX_SIZE} pixels.")
-    if size < 1 or size % multiple:
-        near = max(multiple, round(size / multiple) * multiple)
-        raise MokusError(f"the size is {size}, expected a multiple of {multiple} pixels; {near} would do.")
+    check_size(settings["size"], model.size_multiple)
     least = 2 if model.pipe.scheduler.config.get("shift_terminal") else 1  # of one step such a scheduler makes 0 / 0
     for name, value, lowest in (("steps", settings["steps"], least), ("batch_size", batch_size, 1)):
         if value < lowest:

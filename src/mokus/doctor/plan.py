@@ -22,12 +22,12 @@ from mokus.doctor.rehearsal import Use
 from mokus.doctor.shape import SHAPES, Shape, key_of
 from mokus.encoder import check_edited, entrance
 from mokus.errors import MokusError
-from mokus.generation import MAX_SIZE
 from mokus.memory import CPU, TASKS, TIERS, Tier, lacks
 from mokus.pipeline import COMPONENTS
 from mokus.places import NOISES, PLACES
 from mokus.prior_prompts import OTHER_LOOKS
 from mokus.settings import AT_ONCE, EditSettings, LearnSettings
+from mokus.sizes import MAX_SIZE
 from mokus.training.material import LENDERS
 
 PHOTOS = 5

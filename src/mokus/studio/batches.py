@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mokus.errors import MokusError
+from mokus.sizes import Size
 from mokus.studio.worker import Worker
 
 CLOSING_SECONDS = 5  # after which another one may be there
@@ -33,7 +34,7 @@ class _Wish:
     pack: str | None
     prompt: str
     seed: int
-    size: int
+    size: Size
     answer: asyncio.Future[bytes]
 
 
@@ -57,7 +58,7 @@ class Batches:
         """Images that are not being drawn yet."""
         return len(self._waiting)
 
-    def ask(self, pack: str | None, prompt: str, seeds: Sequence[int], size: int) -> list[asyncio.Future[bytes]]:
+    def ask(self, pack: str | None, prompt: str, seeds: Sequence[int], size: Size) -> list[asyncio.Future[bytes]]:
         """A PNG for every seed. Raises `Refused` if there is no room for all of them, or it is closing.
 
         The futures raise `MokusError` for what cannot be drawn, `worker.WorkerDied` and `Refused`.

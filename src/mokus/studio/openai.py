@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mokus.errors import MokusError
 from mokus.packs.files import LORA, MANIFEST
+from mokus.sizes import MAX_SIZE, Size, parsed, sides
 
 NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a pack: no path can be written in it
 
@@ -73,21 +74,22 @@ class EmbedsRequest(_Request):
     response_format: Literal["b64_json", "safetensors"] | None = "b64_json"
 
 
-def side_of(size: str | None, usual: int, most: int, multiple: int) -> int:
-    """Pixels of height and width. Raises `ApiError` for a size that is not drawn here."""
+def size_of(size: str | None, usual: int, most: int, multiple: int) -> Size:
+    """The pixels of an image, as many as a square of `most` has or fewer. Raises `ApiError` for what is not drawn here."""
     if size in (None, "auto"):
         return usual
-    found = re.fullmatch("([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", str(size))
-    if not found or found[1] != found[2]:
+    found = parsed(str(size)) if "x" in str(size) else None
+    if found is None:
         raise ApiError(
-            400, f"the size is {str(size)[:20]!r}, expected a square such as '{usual}x{usual}'.", param="size"
+            400, f"the size is {str(size)[:20]!r}, expected width and height such as '{usual}x{usual}'.", param="size"
         )
-    side = int(found[1])
-    if side > most or side % multiple:
+    width, height = sides(found)
+    if width * height > most * most or max(width, height) > MAX_SIZE or width % multiple or height % multiple:
         raise ApiError(
-            400, f"the size is {side} pixels, expected a multiple of {multiple}, at most {most}.", param="size"
-        )
-    return side
+            400, f"the size is {width}x{height}, expected multiples of {multiple}, and no more pixels than {most}x{most} has.",
+            param="size",
+        )  # fmt: skip
+    return found
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mokus.console import hush
 from mokus.errors import MokusError, Stopped
+from mokus.sizes import Size
 from mokus.studio.kinds import KINDS, Task
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class _Loop:
             "negative_prompt": usual.negative_prompt,
         }  # fmt: skip
 
-    def draw(self, wishes: list[tuple[str | None, str, int]], size: int, packs: int) -> list[bytes | str]:
+    def draw(self, wishes: list[tuple[str | None, str, int]], size: Size, packs: int) -> list[bytes | str]:
         return self.shelf().draw(wishes, size, packs)
 
     def embed(self, pack: str | None, prompt: str, negative: str | None, packs: int) -> bytes:

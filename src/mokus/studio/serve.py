@@ -32,8 +32,9 @@ from starlette.exceptions import HTTPException
 from mokus.errors import MokusError
 from mokus.knowledge import check_encodable
 from mokus.settings import AT_ONCE
+from mokus.sizes import Size
 from mokus.studio.batches import Batches, Refused
-from mokus.studio.openai import ApiError, EmbedsRequest, ImagesRequest, Models, side_of
+from mokus.studio.openai import ApiError, EmbedsRequest, ImagesRequest, Models, size_of
 from mokus.studio.worker import Worker, WorkerDied
 
 BODY_BYTES = 64 << 10  # of a request
@@ -156,7 +157,7 @@ class Server:
         if n > most:
             raise ApiError(400, f"n is {n}, expected at most {most}; ask again for more.", param="n")
         usual = self.model["size"]
-        size = side_of(asked.size, usual, self.limits.size or usual, self.model["size_multiple"])
+        size = size_of(asked.size, usual, self.limits.size or usual, self.model["size_multiple"])
         first = secrets.randbelow(1 << 32) if asked.seed is None else asked.seed
         seeds = range(first, first + n)
         images = await self._drawn(pack, asked.prompt, seeds, size, request)
@@ -231,7 +232,7 @@ class Server:
             )  # fmt: skip
 
     async def _drawn(
-        self, pack: str | None, prompt: str, seeds: range, size: int, request: Request
+        self, pack: str | None, prompt: str, seeds: range, size: Size, request: Request
     ) -> list[bytes]:  # fmt: skip
         """The images, unless whoever asked goes away meanwhile: what has not begun is then left out."""
         try:

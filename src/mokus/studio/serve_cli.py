@@ -39,7 +39,8 @@ def serve(
     most_images: Annotated[int, typer.Option("--most-images", help="Images of one request, at most.", min=1)] = 8,
     most_prompt: Annotated[int, typer.Option("--most-prompt", help="Characters of a prompt, at most.", min=1)] = 1000,
     most_size: Annotated[
-        int | None, typer.Option("--most-size", help="Pixels of height and width, at most.", show_default="the model's", min=1)
+        int | None,
+        typer.Option("--most-size", help="Side of a square, whose pixels are the most.", show_default="the model's", min=1),
     ] = None,
     model: ModelOption = None,
     device: DeviceOption = None,

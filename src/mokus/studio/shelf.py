@@ -28,6 +28,7 @@ from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.files import MANIFEST
 from mokus.packs.together import shifts_of
 from mokus.pipeline import encode, pad
+from mokus.sizes import Size, simplest
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model
@@ -65,13 +66,13 @@ class Shelf:
         self._encodings: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._numbers = count()
 
-    def draw(self, wishes: Sequence[Wish], size: int, most: int) -> list[bytes | str]:
+    def draw(self, wishes: Sequence[Wish], size: Size, most: int) -> list[bytes | str]:
         """One batch with the model's own settings: for each wish a PNG or, of one that cannot be drawn, what is wrong.
 
-        `size` in pixels. At most `most` packs stay in memory, and no more may be wished for. Raises `MokusError` for a size
-        that cannot be drawn.
+        `size`: see `sizes`. At most `most` packs stay in memory, and no more may be wished for. Raises `MokusError` for a
+        size that cannot be drawn.
         """
-        settings = {**self._settings(), "size": size}
+        settings = {**self._settings(), "size": simplest(size)}
         check_settings(self._model, settings)
         paths = dict.fromkeys(path for path, _, _ in wishes)
         if len(paths.keys() - {None}) > most:
