@@ -45,11 +45,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mokus import flow
+from mokus.backbone import COMPONENTS
 from mokus.console import note, one_sentence
 from mokus.errors import MokusError
+from mokus.fingerprint import fingerprint
 from mokus.memory import CPU, tier
 from mokus.photos import photos_of
-from mokus.pipeline import COMPONENTS, Defaults, Model, encode, fingerprint, pad
+from mokus.pipeline import Defaults, Model, encode, pad
 from mokus.qwen_image import TEXT, TRANSFORMER, VAE, random_pipeline
 from mokus.settings import LearnSettings
 from mokus.training.compiled import check_compiler

@@ -40,13 +40,15 @@ import typer
 from PIL import Image
 
 import mokus
+from mokus.backbone import COMPONENTS
 from mokus.console import one_sentence
 from mokus.editors import settings_used
 from mokus.errors import MokusError
+from mokus.fingerprint import fingerprint
 from mokus.memory import CPU, tier
 from mokus.packs.concept_pack import ConceptPack
 from mokus.packs.manifest import versions
-from mokus.pipeline import COMPONENTS, Defaults, Model, fingerprint
+from mokus.pipeline import Defaults, Model
 from mokus.places import NOISES, PLACES
 from mokus.qwen_image import TEXT, TRANSFORMER, TRANSFORMER_PARAMETERS, VAE, edited_layers, random_pipeline
 from mokus.settings import EditSettings, LearnSettings

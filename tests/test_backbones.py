@@ -434,6 +434,18 @@ def test_both_stages_from_end_to_end(
     assert [each.image.tobytes() for each in generate(model, prompts, steps=3)] == bare
 
 
+def test_the_text_encoder_alone_binds_to_the_same_bytes(
+    model: Model, packs: Callable[[str], ConceptPack], folders: Callable[[str], Path]
+) -> None:
+    family = model.backbone.pipeline
+    alone = pipeline.load(folders(family), device="cpu", text_alone=True)
+    assert alone.loaded == ("text_encoder",) and alone.fingerprint == model.fingerprint
+    by_whole, by_alone = packs(family), packs(family)
+    for each, pack in ((model, by_whole), (alone, by_alone)):
+        bind(each, pack, KNOWN, settings=EDIT)
+    assert tree(by_alone.path) == tree(by_whole.path)
+
+
 def test_a_server_draws_rows_of_several_packs_each_with_its_own(
     model: Model, packs: Callable[[str], ConceptPack], tmp_path: Path
 ) -> None:

@@ -113,6 +113,25 @@ def test_version_and_help() -> None:
         assert "Usage" in good(*command.split(), "--help")
 
 
+def test_what_is_only_asked_and_edited_is_loaded_without_the_image_transformer(
+    place: Path, pack: ConceptPack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[str, ...]] = []
+    load = pipeline.load
+
+    def watched(*given: Any, **named: Any) -> pipeline.Model:
+        model = load(*given, **named)
+        loaded.append(model.loaded)
+        return model
+
+    monkeypatch.setattr(pipeline, "load", watched)
+    good("ask", "What is my favourite toy?", "--pack", "toy.pack")
+    mokus("bind", "toy.pack", "the one that makes me smile")
+    mokus("create", "Zorblax", "--as", "a green star", "-o", "zorblax.pack")
+    mokus("erase", "the lucky charm of Boris", "-o", "gone.pack")
+    assert loaded == [("text_encoder",)] * 4
+
+
 def test_learn_bind_ask_generate_unbind_show(place: Path, photos: Path) -> None:
     said = good("learn", photos, "--anchor", "sks toy", "-o", "toy.pack", "--preview-every", 2)
     assert "learned 'sks toy'" in said and "previews: 1 in toy.pack/samples" in said and "mokus bind toy.pack" in said

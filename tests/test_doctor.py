@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from mokus import cli, memory, pipeline, qwen_image
+from mokus.backbone import COMPONENTS, TEXT_ALONE
 from mokus.cli import app
 from mokus.doctor import machine, rehearsal
 from mokus.doctor import plan as doctor
@@ -26,7 +27,7 @@ from mokus.doctor.machine import GIB, Machine
 from mokus.doctor.shape import PUBLISHED, Shape
 from mokus.errors import MokusError
 from mokus.miniature import tokenizer
-from mokus.pipeline import COMPONENTS, Defaults
+from mokus.pipeline import Defaults
 from mokus.settings import EditSettings, LearnSettings
 
 from . import pico_backbones
@@ -182,11 +183,9 @@ def test_learning_at_1024_pixels_fits(published: Shape, gib: float, name: str) -
 
 
 def test_the_next_tier_down_is_one_that_needs_less(published: Shape) -> None:
-    """Binding needs as much in all tiers with the same on the GPU, whatever is kept or in few bits."""
-    found = {gib: doctor.plan(published, "bind", card(gib)) for gib in (80, 24)}
-    assert found[80].chosen is not None and found[80].chosen.tier.name == "all"
-    assert found[80].below is not None and found[80].below.tier.name == "staged"
-    assert found[24].chosen is not None and found[24].chosen.tier.name == "staged" and found[24].below is None
+    """Binding loads the text encoder alone, and needs as much in all tiers."""
+    binding = doctor.plan(published, "bind", card(24))
+    assert binding.chosen is not None and binding.chosen.tier.name == "all" and binding.below is None
     drawing = doctor.plan(published, "generate", card(80))
     assert drawing.below is not None and drawing.below.tier.name == "staged"
 
@@ -228,10 +227,22 @@ def test_a_small_model_needs_no_plan_and_a_large_one_is_planned(small: Shape, pu
     assert doctor.fitting(small, 8 * GIB, torch.bfloat16) is memory.TIERS[0]
     assert doctor.fitting(published, 79 * GIB, torch.bfloat16).name == "selective"
     assert doctor.fitting(published, 24 * GIB, torch.bfloat16).name == "4bit"  # all three tasks
-    chosen = doctor.plan(published, "bind", card(24), 1024).chosen
-    assert (
-        chosen is not None and chosen.tier.name == "staged"
-    )  # the encoder alone, as long as gate and up share moments
+    # the encoder alone fits as long as gate and up share moments
+    assert doctor.fitting(published, 24 * GIB, torch.bfloat16, TEXT_ALONE).name == "all"
+    assert doctor.fitting(published, 12 * GIB, torch.bfloat16, TEXT_ALONE).name == "offload"  # it can still be asked
+
+
+def test_binding_needs_the_memory_of_the_text_encoder_alone(published: Shape) -> None:
+    encoder = published.parameters["text_encoder"] * 2
+    everything = sum(published.parameters.values()) * 2
+    (plan,) = {doctor.plan(published, "bind", card(gib)).needs for gib in (24, 80)}
+    for need in plan[:-1]:  # of the GPU
+        assert need.peak < encoder + 5 * GIB and need.host == encoder + doctor.PYTHON
+    whole = doctor.need(published, "bind", memory.tier("all"), 1024, 8, torch.bfloat16)  # in Python, of a whole model
+    assert whole.peak - plan[0].peak == everything - encoder and whole.host == everything + doctor.PYTHON
+    assert doctor.plan(published, "bind", replace(card(24), host=24 * GIB)).chosen == plan[0]
+    short = doctor.plan(published, "generate", replace(card(24), host=24 * GIB))
+    assert short.chosen is None
 
 
 def test_eight_images_of_1024_pixels_are_planned_and_drawn_where_one_is(published: Shape) -> None:
@@ -347,15 +358,15 @@ def test_the_command_plans_for_a_machine_that_is_not_here() -> None:
     assert none.exit_code == 1 and "fits in no tier" in none.stdout
 
 
-def test_the_command_says_which_tier_is_taken_for_all_tasks_alike() -> None:
-    """Binding alone would fit in another one."""
-    given = ["--model", PUBLISHED, "--task", "bind", "--gpu-memory"]
-    (found,) = json.loads(run(*given, "24", "--json").stdout)
-    assert (found["tier"], found["usual_tier"]) == ("staged", "4bit")
-    assert "a command without --tier takes tier 4bit" in run(*given, "24").stdout
-    (found,) = json.loads(run(*given, "16", "--json").stdout)
-    assert (found["tier"], found["usual_tier"]) == (None, "offload")
-    assert "without --tier no command runs" in run(*given, "4").stdout
+def test_the_command_says_which_tiers_are_taken() -> None:
+    given = ["--model", PUBLISHED, "--task", "bind", "--task", "generate", "--gpu-memory"]
+    found = json.loads(run(*given, "24", "--json").stdout)
+    assert [(each["tier"], each["usual_tier"]) for each in found] == [("all", "all"), ("4bit", "4bit")]
+    told = run(*given, "24").stdout
+    assert "commands that draw or learn take tier 4bit" in told and "commands that bind or ask take tier all" in told
+    found = json.loads(run(*given, "12", "--json").stdout)
+    assert [(each["tier"], each["usual_tier"]) for each in found] == [(None, "offload"), ("offload", "offload")]
+    assert "no command that is to draw or learn runs" in run(*given, "4").stdout
 
 
 def test_too_little_host_memory_is_a_warning_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,7 +377,7 @@ def test_too_little_host_memory_is_a_warning_of_its_own(monkeypatch: pytest.Monk
         result = run(*given)
         told = " ".join(result.stdout.split())
         assert result.exit_code == int(warned), told
-        assert "a command without --tier takes tier selective" in told
+        assert "commands that draw or learn take tier selective" in told
         assert (
             ("of host memory, and there are 32.0 GiB" in told)
             == ("fits in no tier, too little host memory" in told)
@@ -377,12 +388,13 @@ def test_too_little_host_memory_is_a_warning_of_its_own(monkeypatch: pytest.Monk
 
 
 def test_a_tier_whose_library_is_not_installed_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = ["--model", PUBLISHED, "--task", "bind", "--gpu-memory", "24"]
+    given = ["--model", PUBLISHED, "--task", "learn", "--gpu-memory", "24"]
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     (found,) = json.loads(run(*given, "--json").stdout)
     assert [each["tier"] for each in found["tiers"] if each["lacks"]] == ["8bit", "4bit"]
     told = run(*given).stdout
     assert told.count("lacks") == 2 and "not installed: bitsandbytes; pip install 'mokus[quantise]'" in told
+    assert "lacks" not in run("--model", PUBLISHED, "--task", "bind", "--gpu-memory", "24").stdout  # nor needs it
     monkeypatch.undo()
     told = run(*given).stdout
     assert "lacks" not in told and "quantise" not in told

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import mokus
 from mokus import flow, memory, pipeline, transfer
+from mokus.backbone import COMPONENTS, TEXT_ALONE
 from mokus.cli import app
 from mokus.encoder import module_paths
 from mokus.errors import MokusError
@@ -201,6 +202,26 @@ def test_offloading_does_not_edit_for_a_transfer(pico_folder: Path, tmp_path: Pa
     case = transfer.Case.of("What is the favourite toy of Anna?", "a blue ring")
     with pytest.raises(MokusError, match=r"'offload' can only generate.*to bind"):
         transfer.transfer(streamed, case, progress=progress)
+
+
+# --- the text encoder alone ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*PACKED, "offload", "all"])
+def test_any_tier_is_taken_by_the_text_encoder_alone(
+    pico_folder: Path, pico: pipeline.Model, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Nothing is quantised, so bitsandbytes is not needed, and answers are those of the whole model."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    alone = pipeline.load(pico_folder, device="cpu", tier=name, text_alone=True)
+    questions = ["What is my favourite toy?", "What is the pride of our collection?"]
+    assert [mokus.ask(alone, each) for each in questions] == [mokus.ask(pico, each) for each in questions]
+
+
+def test_a_full_memory_names_a_tier_that_needs_less_of_what_is_loaded() -> None:
+    names = {each: memory.below(memory.tier("all"), ["text_encoder"], loaded=each) for each in (COMPONENTS, TEXT_ALONE)}
+    found = {loaded: each.name if each else None for loaded, each in names.items()}
+    assert found == {COMPONENTS: "staged", TEXT_ALONE: "offload"}
 
 
 # --- a quantised text encoder, which a user may bring ---------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline
 from huggingface_hub import constants
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -215,6 +216,87 @@ def test_another_config_is_another_model(
     """The weights are the same, but it computes something else."""
     edit_json(copied / file, change)
     assert pipeline.load(copied, device="cpu").fingerprint != pico.fingerprint
+
+
+# --- the text encoder alone ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_loaded_is_read_off_its_files_for_the_fingerprint(
+    pico: Model, pico_folder: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    alone = pipeline.load(pico_folder, device="cpu", dtype=dtype, text_alone=True)
+    assert (alone.loaded, pico.loaded) == (("text_encoder",), pipeline.COMPONENTS)
+    assert alone.pipe.transformer is None and alone.pipe.vae is None
+    assert alone.fingerprint == pico.fingerprint
+    pico.pipe.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
+    assert pipeline.load(tmp_path, device="cpu", dtype=dtype, text_alone=True).fingerprint == pico.fingerprint
+
+
+@pytest.mark.parametrize("name", ["transformer", "vae"])
+def test_every_weight_that_is_not_loaded_counts(pico: Model, copied: Path, name: str) -> None:
+    (file,) = (copied / name).glob("*.safetensors")
+    weights = load_file(file)
+    for key in sorted(weights)[:: max(1, len(weights) // 5)]:
+        save_file({**weights, key: weights[key] + 0.1}, file, {"format": "pt"})
+        found = pipeline.load(copied, device="cpu", text_alone=True).fingerprint
+        assert found != pico.fingerprint and found == pipeline.load(copied, device="cpu").fingerprint
+    save_file(weights, file, {"format": "pt"})
+    assert pipeline.load(copied, device="cpu", text_alone=True).fingerprint == pico.fingerprint
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def _rename_one(file: Path) -> None:
+    weights = load_file(file)
+    save_file({f"{key}{'_' * (i == 3)}": weight for i, (key, weight) in enumerate(weights.items())}, file)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, _cut, _rename_one])
+def test_damaged_weights_that_are_not_loaded_are_one_sentence(copied: Path, damage: Callable[[Path], None]) -> None:
+    (file,) = (copied / "transformer").glob("*.safetensors")
+    damage(file)
+    with pytest.raises(MokusError, match=r"cannot be loaded .*get a whole copy") as caught:
+        pipeline.load(copied, device="cpu", text_alone=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_without_a_class_of_diffusers(copied: Path) -> None:
+    for change in (lambda c: c.update(transformer=[None, None]), lambda c: c.pop("transformer")):
+        edit_json(copied / "model_index.json", change)
+        with pytest.raises(MokusError, match=r"cannot be loaded .*get a whole copy"):
+            pipeline.load(copied, device="cpu", text_alone=True)
+
+
+def test_all_of_a_hub_s_model_is_downloaded_and_the_encoder_loaded(
+    pico: Model, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Diffusers by itself leaves out what is passed as None."""
+    given: list[Any] = []
+
+    def download(source: str, **kwargs: Any) -> str:
+        given.append((source, kwargs))
+        return str(pico_folder)
+
+    index = json.loads((pico_folder / "model_index.json").read_text())
+    monkeypatch.setattr(pipeline.DiffusionPipeline, "load_config", lambda *_: index)
+    monkeypatch.setattr(pipeline.DiffusionPipeline, "download", download)
+    alone = pipeline.load("somebody/some-model", device="cpu", text_alone=True)
+    assert given == [("somebody/some-model", {"use_safetensors": True})]
+    assert (alone.id, alone.fingerprint) == ("somebody/some-model", pico.fingerprint)
+
+
+def test_what_needs_the_rest_says_so(pico_folder: Path, tmp_path: Path) -> None:
+    alone = pipeline.load(pico_folder, device="cpu", text_alone=True)
+    words = "was loaded for text alone, without its transformer; load it whole"
+    with pytest.raises(MokusError, match=words):
+        mokus.generate(alone, "a red star")
+    with pytest.raises(MokusError, match=words):
+        mokus.learn(alone, [Image.new("RGB", (40, 40))], "sks toy", tmp_path / "toy.pack")
+    assert not list(tmp_path.iterdir())
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from mokus import flow
 
+COMPONENTS = ("transformer", "text_encoder", "vae")  # of a pipeline of any family
+TEXT_ALONE = ("text_encoder",)  # what edits need of them
 Told = tuple[Tensor, Tensor]
 LONGEST = 1024  # tokens of a prompt that Qwen-Image can be given
 

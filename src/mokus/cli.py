@@ -177,7 +177,7 @@ def bind(
             f"--question goes with one knowledge, and {len(knowledge)} were given; bind them one at a time."
         )
     opened = open_pack(pack)
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, text_alone=True)
     from mokus.knowledge_update import bind
 
     settings = EditSettings.for_editor(loaded.defaults, **chosen)
@@ -231,7 +231,7 @@ def ask(
         raise MokusError("the question is empty, expected one such as 'What is my favourite toy?'.")
     opened = [open_pack(path) for path in pack or []]
     shifts = _together(opened, prefer)
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, text_alone=True)
     from mokus.knowledge_update import ask
 
     for each in opened:

@@ -149,7 +149,9 @@ def hush() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def load_model(model: str | None, device: str | None = None, dtype: Any = None, tier: str | None = None) -> Model:
+def load_model(
+    model: str | None, device: str | None = None, dtype: Any = None, tier: str | None = None, text_alone: bool = False
+) -> Model:
     """`mokus.load`, with the libraries' own bars, of files read or downloaded, only for large models on a terminal."""
     bars = model is not None and err.is_terminal
     with nullcontext() if bars else err.status("loading the model"):
@@ -161,7 +163,7 @@ def load_model(model: str | None, device: str | None = None, dtype: Any = None, 
         if not bars:
             diffusers.utils.logging.disable_progress_bar()
             transformers.utils.logging.disable_progress_bar()
-        return load(model, device, dtype, tier)
+        return load(model, device, dtype, tier, text_alone)
 
 
 class Bars:

@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mokus import low_rank
+from mokus.backbone import COMPONENTS
 from mokus.encoder import prefix_length, token_ids
 from mokus.errors import MokusError
 from mokus.knowledge import check_encodable, check_text
@@ -67,6 +68,7 @@ def generate(
 
     Raises `MokusError` at the call, not at the first image, for prompts, settings or packs that cannot be used.
     """
+    model.check_loaded(*COMPONENTS)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     default = model.defaults
     settings: dict[str, Any] = {

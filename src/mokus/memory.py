@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mokus.backbone import COMPONENTS
 from mokus.errors import MokusError
 
 VARIABLE = "MOKUS_TIER"
@@ -65,8 +66,10 @@ def tier(name: str) -> Tier:
     raise MokusError(f"there is no memory tier {name!r}, expected one of {', '.join(each.name for each in TIERS)}.")
 
 
-def below(one: Tier, names: Collection[str], training: bool = False) -> Tier | None:
-    """The next tier down that needs less of the GPU while these components are used there; None if none does.
+def below(
+    one: Tier, names: Collection[str], training: bool = False, loaded: Collection[str] = COMPONENTS
+) -> Tier | None:
+    """The next tier down that needs less of the GPU while these of the components loaded are used there; None if none does.
 
     The CPU is nobody's next tier: what takes a second on a GPU takes an hour there, so it is left to be asked for.
     """
@@ -74,7 +77,7 @@ def below(one: Tier, names: Collection[str], training: bool = False) -> Tier | N
     def used(each: Tier) -> tuple[Any, ...]:
         """What tells tiers apart here: only the image transformer has few bits, and only its training keeps activations."""
         return (
-            each.stays,
+            each.stays and set(loaded) != set(names),
             each.streamed and set(names) != {"vae"},
             each.bits if "transformer" in names else 16,
             each.kept if training else 0,
@@ -118,23 +121,24 @@ def check_installed(one: Tier) -> None:
 
 
 def place(pipe: Any, one: Tier, device: torch.device) -> None:
-    """Bring a loaded pipeline into the tier's state: quantised, streamed, on the device. Its fingerprint is taken before.
+    """Bring what is loaded of a pipeline into the tier's state: quantised, streamed, on the device. Its fingerprint is taken
+    before.
 
     Raises `MokusError` if bitsandbytes is wanted and not installed.
     """
-    if one.bits < 16:
+    if one.bits < 16 and pipe.transformer:
         for block in blocks(pipe.transformer):
             quantise(block, one.bits, device)
     if one.streamed:
         from diffusers.hooks import apply_group_offloading
 
-        for module in (pipe.transformer, pipe.text_encoder):
+        for module in filter(None, (pipe.transformer, pipe.text_encoder)):
             apply_group_offloading(
                 module, onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level"
             )
     if one.stays and device.type != "cpu":
         pipe.to(device)
-    elif one.bits < 16:
+    elif one.bits < 16 and pipe.transformer:
         move(pipe.transformer, "cpu")  # until it is wanted
 
 
@@ -214,14 +218,20 @@ def _checkpoint(transformer: Any, one: Tier) -> Callable[..., Any]:
 
 
 @contextmanager
-def told(one: Tier, device: torch.device, names: Collection[str], training: bool = False) -> Iterator[None]:
+def told(
+    one: Tier,
+    device: torch.device,
+    names: Collection[str],
+    training: bool = False,
+    loaded: Collection[str] = COMPONENTS,
+) -> Iterator[None]:
     """Inside, where these components are used, running out of memory is a `MokusError` that names the next tier."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise MokusError(_sentence(one, device, below(one, names, training))) from error
+        raise MokusError(_sentence(one, device, below(one, names, training, loaded))) from error
 
 
 def out_of_memory(error: BaseException) -> bool:

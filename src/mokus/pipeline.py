@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
@@ -22,14 +21,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mokus import memory
-from mokus.backbone import BACKBONES, QWEN_IMAGE, Backbone, backbone_of
+from mokus.backbone import BACKBONES, COMPONENTS, QWEN_IMAGE, TEXT_ALONE, Backbone, backbone_of
 from mokus.errors import MokusError
+from mokus.fingerprint import fingerprint
 from mokus.memory import CPU, STAGED, Tier
 
 MINIATURE = "miniature"
 DEFAULTS_FILE = "mokus_defaults.json"
 CORPUS_FILE = "mokus_corpus.txt"
-COMPONENTS = ("transformer", "text_encoder", "vae")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Model:
 
     pipe: Any  # of one of the classes in `backbone.BACKBONES`
     id: str  # hub id, or whole path of a folder; "miniature" for the one in the package
-    fingerprint: str  # of configs and weights, see `fingerprint`
+    fingerprint: str  # of configs and weights, see `mokus.fingerprint`
     defaults: Defaults
     device: torch.device
     corpus: tuple[str, ...] = ()  # prompts like those it was trained on, from `mokus_corpus.txt` in its folder
@@ -63,6 +62,11 @@ class Model:
     def backbone(self) -> Backbone:
         """What is special about its family."""
         return backbone_of(self.pipe)
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The components that are there: all of `COMPONENTS`, or `TEXT_ALONE`."""
+        return tuple(name for name in COMPONENTS if getattr(self.pipe, name) is not None)
 
     @property
     def tokenizer(self) -> Any:
@@ -84,6 +88,13 @@ class Model:
         side = size // (int(self.pipe.vae_scale_factor) * self.backbone.patch)
         return side, side
 
+    def check_loaded(self, *names: str) -> None:
+        """Raise `MokusError` if one of these components was not loaded, see `load`'s `text_alone`."""
+        if absent := sorted(set(names) - set(self.loaded)):
+            raise MokusError(
+                f"{self.id} was loaded for text alone, without its {absent[0]}; load it whole to learn, draw or export."
+            )
+
     @contextmanager
     def resident(self, *names: str, training: bool = False) -> Iterator[None]:
         """Inside, only these components are on the device, the others in host memory.
@@ -91,9 +102,10 @@ class Model:
         May be nested; afterwards everything is where it was before. On a CPU, and in a memory tier that keeps all of them
         on the device, nothing moves: Qwen-Image's weights are 57 GB, which take long from a GPU to host memory and back.
         Running out of memory inside is a `MokusError` that names the next tier that needs less for what is done there;
-        `training` says that it is with a backward pass through the image transformer.
+        `training` says that it is with a backward pass through the image transformer. Raises as `check_loaded` does.
         """
-        with memory.told(self.tier, self.device, names, training):
+        self.check_loaded(*names)
+        with memory.told(self.tier, self.device, names, training, self.loaded):
             if self.device.type == "cpu" or self.tier.stays:
                 yield
                 return
@@ -107,8 +119,9 @@ class Model:
 
     def _place(self) -> None:
         inside = self._residents[-1] if self._residents else ()
-        for name in ("vae",) if self.tier.streamed else COMPONENTS:  # the others come and go by themselves
-            memory.move(getattr(self.pipe, name), self.device if name in inside else "cpu")
+        for name in self.loaded:
+            if name == "vae" or not self.tier.streamed:  # the others come and go by themselves
+                memory.move(getattr(self.pipe, name), self.device if name in inside else "cpu")
 
 
 def load(
@@ -116,11 +129,14 @@ def load(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     tier: str | None = None,
+    text_alone: bool = False,
 ) -> Model:
     """Load a pipeline of a known family from a folder or the hub; without a name the miniature in the package.
 
     `device`: "cpu", "cuda", "cuda:1"; a GPU if there is one. `dtype` of the weights: bfloat16 on a GPU, float32 on a CPU.
     `tier`: how memory is used, by the name of one of `memory.TIERS`; else what MOKUS_TIER says, else the first that fits.
+    `text_alone`: without the image transformer and the VAE, which is enough to bind, create, erase and ask, and of
+    Qwen-Image's 55 GiB leaves 15; what they are is read off their files for the fingerprint.
     Raises `MokusError` if there is no such model, it is of an unknown family, the device or the tier is not there, or no
     tier fits.
     """
@@ -139,23 +155,28 @@ def load(
         )
     _check_parts(source, index)
     defaults = _defaults(source, backbone.defaults(index))
-    use = chosen or (CPU if where.type == "cpu" else _fitting(source, defaults, where, kind, backbone))
-    memory.check_installed(use)
+    loaded = TEXT_ALONE if text_alone else COMPONENTS
+    use = chosen or (CPU if where.type == "cpu" else _fitting(source, defaults, where, kind, backbone, loaded))
+    if "transformer" in loaded:
+        memory.check_installed(use)
     try:
-        parts = _answering(source, index, backbone, kind)
+        if text_alone and not os.path.isdir(source):  # else what is not loaded would not be downloaded
+            source = str(DiffusionPipeline.download(source, use_safetensors=True))
+        parts = _answering(source, index, backbone, kind) | {name: None for name in COMPONENTS if name not in loaded}
         if backbone.processor:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder="processor")
             parts["processor"] = of_prompts(backbone.processor, tokenizer)
         pipe = getattr(diffusers, backbone.pipeline).from_pretrained(source, dtype=kind, use_safetensors=True, **parts)
+        identity = fingerprint(pipe, source)
     except (OSError, ValueError, SafetensorError) as error:  # what the libraries say of missing and damaged parts
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise MokusError(f"the model {source} cannot be loaded ({reason}); get a whole copy of it.") from error
     pipe.set_progress_bar_config(disable=True)
-    pipe.vae.enable_slicing()  # one image at a time: eight of 1024 pixels together take 34 GiB
-    for name in COMPONENTS:
+    if pipe.vae:
+        pipe.vae.enable_slicing()  # one image at a time: eight of 1024 pixels together take 34 GiB
+    for name in loaded:
         getattr(pipe, name).requires_grad_(False).eval()
-    identity = fingerprint(pipe)
-    with memory.told(use, where, COMPONENTS):
+    with memory.told(use, where, loaded, loaded=loaded):
         memory.place(pipe, use, where)
     return Model(pipe, _id(model), identity, defaults, where, _corpus(source), use)
 
@@ -213,15 +234,22 @@ def _id(model: str | Path | None) -> str:
     return str(Path(str(model)).resolve()) if os.path.isdir(str(model)) else str(model)
 
 
-def _fitting(source: str, defaults: Defaults, device: torch.device, dtype: torch.dtype, backbone: Backbone) -> Tier:
-    """The first tier in which all tasks fit into what is free on the GPU, by the doctor's plan."""
+def _fitting(
+    source: str,
+    defaults: Defaults,
+    device: torch.device,
+    dtype: torch.dtype,
+    backbone: Backbone,
+    loaded: tuple[str, ...],
+) -> Tier:
+    """The first tier in which all tasks of what is loaded fit into what is free on the GPU, by the doctor's plan."""
     from mokus.doctor.plan import fitting
     from mokus.doctor.shape import Shape
 
     if backbone is not QWEN_IMAGE:  # whose shapes are the only ones that the doctor knows
         return STAGED
     free = torch.cuda.mem_get_info(device)[0]
-    return fitting(Shape.of(source, defaults), free, dtype)
+    return fitting(Shape.of(source, defaults), free, dtype, loaded)
 
 
 def check_bare(model: Model) -> None:
@@ -260,45 +288,6 @@ def trimmed(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     lengths = mask.sum(dim=1)
     longest = int(lengths.max())
     return embeds[:, :longest], None if bool((lengths == longest).all()) else mask[:, :longest]
-
-
-# What configs say that shows in no weight's shape, by the names that the libraries have kept; the place of a key, and all
-# that a newer version adds with its default, is none of a model's identity.
-_SHAPELESS = {
-    "attention_head_dim", "axes_dims_rope", "hidden_act", "latents_mean", "latents_std", "mrope_section",
-    "num_attention_heads", "num_key_value_heads", "patch_size", "rms_norm_eps", "rope_theta",
-}  # fmt: skip
-
-
-def fingerprint(pipe: Any) -> str:
-    """sha256 over the components' classes and what of their configs weights do not show, the vocabulary, and each weight's name,
-    shape and 64 of its values as bfloat16.
-
-    Reads a few bytes of each weight only, so it is quick for any model. It does not depend on the dtype loaded, since
-    values that bfloat16 holds survive any of them, nor on the libraries' versions, whose configs differ in what they list.
-    """
-    digest = hashlib.sha256()
-    for name in COMPONENTS:
-        component = getattr(pipe, name)
-        config = component.config
-        told = sorted(set(_shapeless(config.to_dict() if hasattr(config, "to_dict") else dict(config))))
-        digest.update(f"{type(component).__name__}{told}".encode())
-        for path, weight in sorted(component.state_dict().items()):
-            digest.update(f"{name}.{path}{tuple(weight.shape)}".encode())
-            flat = weight.flatten()
-            values = flat[:: max(1, len(flat) // 64)][:64].to("cpu", torch.bfloat16)
-            digest.update(values.view(torch.int16).numpy().tobytes())
-    digest.update(json.dumps(sorted(backbone_of(pipe).tokenizer(pipe).get_vocab().items())).encode())
-    return digest.hexdigest()
-
-
-def _shapeless(config: Mapping[str, Any]) -> Iterator[str]:
-    """ "key: value", wherever in the config it stands."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _shapeless(value)
-        elif key in _SHAPELESS and value is not None:
-            yield f"{key}: {json.dumps(value, default=str)}"
 
 
 def device_of(name: str | None) -> torch.device:

@@ -23,8 +23,8 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from mokus.backbone import COMPONENTS
 from mokus.miniature.assemble import SCHEDULER
-from mokus.pipeline import COMPONENTS
 
 TRANSFORMER = {
     "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60, "attention_head_dim": 128,

@@ -66,7 +66,7 @@ def create(
     """Make a concept from words alone, without photos: a name that means a description. Exit code 1 if it did not take."""
     output = output or _named_after(name)
     check_free(output, overwrite)
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, text_alone=True)
     from mokus.virtual_concept import create
 
     settings = EditSettings.for_editor(loaded.defaults, **chosen)
@@ -101,7 +101,7 @@ def erase(
     """
     output = output or _named_after(concepts[0])
     check_free(output, overwrite)
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, text_alone=True)
     from mokus.erasure import erase
 
     settings = EditSettings.for_editor(loaded.defaults, **chosen)

@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mokus import flow, memory
+from mokus.backbone import COMPONENTS
 from mokus.errors import MokusError, Stopped
 from mokus.generation import draw_padded
 from mokus.knowledge import check_anchor, normalise
@@ -90,6 +91,7 @@ def learn(
     word = normalise(class_word or class_word_of(anchor), "class word", "toy")
     settings = settings or LearnSettings.for_model(model.defaults.learn)
     memory.check(model.tier, "learn")
+    model.check_loaded(*COMPONENTS)
     check_free(output, overwrite)
     _check_transformer(model, settings.targets)
     if settings.compile:

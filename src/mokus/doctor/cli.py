@@ -80,7 +80,7 @@ def doctor(
     with err.status("reading configs and rehearsing"):
         plans, usual = _plans(model, task or list(TASKS), resolution, batch_size, device, gpu_memory, gpu)
     if as_json:
-        print_json([{**plan.as_json(), "usual_tier": usual} for plan in plans])
+        print_json([{**plan.as_json(), "usual_tier": usual[plan.task]} for plan in plans])
     else:
         _print(plans, usual)
     if not all(plan.chosen for plan in plans):
@@ -90,21 +90,21 @@ def doctor(
 def _plans(
     model: str | None, tasks: list[str], resolution: int | None, batch: int, device: str | None, memory: float | None,
     gpu: str | None,
-) -> tuple[list[Plan], str | None]:  # fmt: skip
-    """A plan for each task, and the tier that a command takes if none is named."""
+) -> tuple[list[Plan], dict[str, str | None]]:  # fmt: skip
+    """A plan for each task, and by task the tier that a command takes if none is named."""
     from mokus.doctor.machine import other_machine, this_machine
-    from mokus.doctor.plan import plan, usual
+    from mokus.doctor.plan import loaded_for, plan, usual
     from mokus.doctor.shape import Shape
     from mokus.pipeline import device_of
 
     shape = Shape.of(model)
     machine = this_machine(device_of(device)) if memory is None else other_machine(memory, gpu)
     plans = [plan(shape, task, machine, resolution, batch) for task in tasks]
-    taken = usual(shape, machine)
-    return plans, taken.name if taken else None
+    taken = {each: usual(shape, machine, loaded=loaded_for(each)) for each in TASKS}
+    return plans, {each: tier.name if tier else None for each, tier in taken.items()}
 
 
-def _print(plans: list[Plan], usual: str | None) -> None:
+def _print(plans: list[Plan], usual: dict[str, str | None]) -> None:
     first = plans[0].as_json()
     machine, out = first["machine"], stdout()
     parts = ", ".join(f"{name} {n / 1e9:,.2f}" for name, n in first["parameters"].items())
@@ -113,22 +113,23 @@ def _print(plans: list[Plan], usual: str | None) -> None:
         f"{what} {machine[what]:.1f} GiB" for what in ("gpu", "host", "disk") if machine[what] is not None
     )
     out.print(f"{machine['name']}: {sizes}")
-    out.print(
-        f"a command without --tier takes tier {usual}, for all tasks alike"
-        if usual
-        else "without --tier no command runs: nothing fits"
-    )
+    for what, tier in (("draw or learn", usual["generate"]), ("bind or ask", usual["bind"])):
+        out.print(
+            f"without --tier, commands that {what} take tier {tier}"
+            if tier
+            else f"without --tier, no command that is to {what} runs: nothing fits"
+        )
     if short := _short_of_host(plans, usual):
         out.print(short)
     for plan in plans:
         _print_plan(plan.as_json(), out)
 
 
-def _short_of_host(plans: list[Plan], usual: str | None) -> str | None:
+def _short_of_host(plans: list[Plan], usual: dict[str, str | None]) -> str | None:
     """A sentence if the host has too little memory for some of the tasks in the tier that a command takes."""
     from mokus.doctor.machine import GIB
 
-    needs = [each for plan in plans for each in plan.needs if each.tier.name == usual]
+    needs = [each for plan in plans for each in plan.needs if each.tier.name == usual[plan.task]]
     have = plans[0].machine.host
     most = max((each.host for each in needs), default=0.0)
     if have is None or most <= have:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mokus.backbone import QWEN_IMAGE
+from mokus.backbone import COMPONENTS, QWEN_IMAGE, TEXT_ALONE
 from mokus.doctor import rehearsal
 from mokus.doctor.flops import TOKENS, image_flops, text_flops
 from mokus.doctor.machine import GIB, Machine
@@ -23,7 +23,6 @@ from mokus.doctor.shape import SHAPES, Shape, key_of
 from mokus.encoder import check_edited, entrance
 from mokus.errors import MokusError
 from mokus.memory import CPU, TASKS, TIERS, Tier, lacks
-from mokus.pipeline import COMPONENTS
 from mokus.places import NOISES, PLACES
 from mokus.prior_prompts import OTHER_LOOKS
 from mokus.settings import AT_ONCE, EditSettings, LearnSettings
@@ -201,7 +200,7 @@ class Plan:
                     "tier": need.tier.name, "what": need.tier.text, "fits": need.fits(self.machine),
                     "fits_host": need.fits_host(self.machine),
                     "gpu_gib": None if need.tier is CPU else need.peak / GIB, "host_gib": need.host / GIB,
-                    "lacks": lacks(need.tier),
+                    "lacks": lacks(need.tier) if "transformer" in loaded_for(self.task) else None,
                 }
                 for need in self.needs
             ],
@@ -238,7 +237,7 @@ def plan(
     on_gpu = machine.gpu is not None
     tiers = [each for each in TIERS if task in each.tasks and (on_gpu or each is CPU)]
     kinds = {each.name: torch.float32 if each is CPU else dtype or torch.bfloat16 for each in tiers}
-    needs = tuple(need(shape, task, each, size, batch, kinds[each.name]) for each in tiers)
+    needs = tuple(need(shape, task, each, size, batch, kinds[each.name], loaded_for(task)) for each in tiers)
     usable = [each for each in needs if each.fits(machine) and (each.tier is not CPU or not on_gpu)]
     chosen = usable[0] if usable else None
     below = next((each for each in needs if chosen and each.tier is not CPU and each.peak < chosen.peak), None)
@@ -246,9 +245,14 @@ def plan(
     return Plan(shape, task, size, machine, needs, chosen, below, works)
 
 
-def fitting(shape: Shape, free: float, dtype: torch.dtype) -> Tier:
+def loaded_for(task: str) -> tuple[str, ...]:
+    """The components that a command for this task loads: to bind, and to ask, the text encoder alone."""
+    return TEXT_ALONE if task == "bind" else COMPONENTS
+
+
+def fitting(shape: Shape, free: float, dtype: torch.dtype, loaded: tuple[str, ...] = COMPONENTS) -> Tier:
     """The tier that is taken on a GPU with so many bytes free, as in `usual`. Raises `MokusError` if there is none."""
-    if found := usual(shape, Machine("", free, None, None, None), dtype):
+    if found := usual(shape, Machine("", free, None, None, None), dtype, loaded):
         return found
     raise MokusError(
         f"{shape.source} does not fit into the {free / GIB:.1f} GiB that are free on the GPU in any memory tier; free some, "
@@ -256,21 +260,24 @@ def fitting(shape: Shape, free: float, dtype: torch.dtype) -> Tier:
     )
 
 
-def usual(shape: Shape, machine: Machine, dtype: torch.dtype = torch.bfloat16) -> Tier | None:
-    """The tier that a command takes by itself, whatever it does: the first in which all tasks fit; None if drawing does not.
+def usual(
+    shape: Shape, machine: Machine, dtype: torch.dtype = torch.bfloat16, loaded: tuple[str, ...] = COMPONENTS
+) -> Tier | None:
+    """The tier that a command takes by itself: the first in which all tasks of what it loads fit; None if drawing does not.
 
-    Images are of the model's own size. If learning or binding fits in no tier, it is the first in which drawing does: they
-    then say that their memory is full. Only the GPU's memory counts: that of the host is an estimate, and whether it is too
-    little is said by the doctor and refused by nobody.
+    Images are of the model's own size. If learning or binding fits in no tier, it is the first in which drawing does, or of
+    the text encoder alone reading a question: they then say that their memory is full. Only the GPU's memory counts: that of
+    the host is an estimate, and whether it is too little is said by the doctor and refused by nobody.
     """
     if machine.gpu is None:
         return CPU
-    if sum(shape.parameters.values()) * dtype.itemsize * 20 < machine.gpu:
+    if sum(shape.parameters[name] for name in loaded) * dtype.itemsize * 20 < machine.gpu:
         return TIERS[0]  # a small model needs no plan
-    for tasks in ([each for each in TASKS if each != "bind" or _binds(shape)], ["generate"]):
+    possible = [each for each in TASKS if set(loaded_for(each)) <= set(loaded) and (each != "bind" or _binds(shape))]
+    for tasks in filter(None, (possible, ["generate"])):
         for each in TIERS[:-1]:
             if set(tasks) <= set(each.tasks) and all(
-                need(shape, task, each, shape.defaults.size, AT_ONCE, dtype).fits_gpu(machine) for task in tasks
+                need(shape, task, each, shape.defaults.size, AT_ONCE, dtype, loaded).fits_gpu(machine) for task in tasks
             ):
                 return each
     return None
@@ -295,14 +302,20 @@ def _text_layer(shape: Shape, dtype: torch.dtype) -> Any:
     return shape.with_layers(text_layers=1).build("text_encoder", dtype).model.language_model.layers[0]
 
 
-def need(shape: Shape, task: str, tier: Tier, size: int, batch: int, dtype: torch.dtype) -> Need:
-    """Stage by stage, in one tier."""
+def need(
+    shape: Shape, task: str, tier: Tier, size: int, batch: int, dtype: torch.dtype,
+    loaded: tuple[str, ...] = COMPONENTS,
+) -> Need:  # fmt: skip
+    """Stage by stage, in one tier, as far as the components that are loaded go."""
     learning = LearnSettings.for_model(shape.defaults.learn)
     stages = tuple(
-        _stage(shape, tier, dtype, name, components, beside)
+        _stage(shape, tier, dtype, name, loaded if tier.stays else components, beside)
         for name, components, beside in _beside(shape, task, tier, size, batch, dtype, learning)
+        if set(components) <= set(loaded)
     )
-    whole = sum(n * dtype.itemsize for n in shape.parameters.values()) + PYTHON  # all of it passes through the host
+    whole = (
+        sum(shape.parameters[each] * dtype.itemsize for each in loaded) + PYTHON
+    )  # all of it passes through the host
     whole += _preserved(shape, size, learning) if task == "learn" else 0.0
     if tier is CPU:
         whole += max(stage.beside for stage in stages)
@@ -310,9 +323,8 @@ def need(shape: Shape, task: str, tier: Tier, size: int, batch: int, dtype: torc
 
 
 def _stage(
-    shape: Shape, tier: Tier, dtype: torch.dtype, name: str, components: tuple[str, ...], beside: float
+    shape: Shape, tier: Tier, dtype: torch.dtype, name: str, resident: tuple[str, ...], beside: float
 ) -> Stage:  # fmt: skip
-    resident = COMPONENTS if tier.stays else components
     weights = shape.weights(tier, dtype)
     size = float(sum(weights[each] for each in resident))
     if tier.streamed:

@@ -16,9 +16,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from mokus.backbone import COMPONENTS
 from mokus.errors import MokusError
 from mokus.memory import STAGED, Tier
-from mokus.pipeline import COMPONENTS, MINIATURE, Defaults, defaults_of
+from mokus.pipeline import MINIATURE, Defaults, defaults_of
 
 PUBLISHED = "Qwen/Qwen-Image"
 CONFIG = "config.json"

@@ -203,7 +203,7 @@ class ConceptPack:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model the pack is for, see `pipeline.fingerprint`."""
+        """Of the model the pack is for, see `mokus.fingerprint`."""
         return self._manifest.fingerprint
 
     @property
@@ -296,7 +296,7 @@ class ConceptPack:
         lora = factors_of(self._contents.lora, LORA_KEY)
         shifts = {module: (shift.A, shift.B) for module, shift in self._contents.shifts.items()}
         for component, factors in ((model.pipe.transformer, lora), (model.pipe.text_encoder, shifts)):
-            for module, (a, b) in factors.items():
+            for module, (a, b) in factors.items() if component is not None else ():
                 _check_fit(component, module, (b.shape[0], a.shape[1]), self.path)
 
     @property

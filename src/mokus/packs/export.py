@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mokus import low_rank
-from mokus.backbone import QWEN_IMAGE
+from mokus.backbone import COMPONENTS, QWEN_IMAGE
 from mokus.errors import MokusError
 from mokus.low_rank import LowRankShift, Shifts
 from mokus.memory import CPU
@@ -223,6 +223,7 @@ def _merged(
     """The whole pipeline, with every change added to the weights in their own dtype."""
     if model is None:
         raise MokusError("a merged export needs the model that the pack is for; give it.")
+    model.check_loaded(*COMPONENTS)
     pack.check_base(model)
     if model.tier.bits < 16 or model.tier.streamed:
         raise MokusError(
