@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 
 from mokus import memory, pipeline
 from mokus.backbone import BACKBONES, QWEN_IMAGE, backbone_of
+from mokus.checks import ask
 from mokus.cli import app
 from mokus.editors import editor
 from mokus.encoder import (
@@ -45,7 +46,7 @@ from mokus.encoder import (
 )
 from mokus.errors import MokusError
 from mokus.generation import draw, generate
-from mokus.knowledge_update import ask, bind, unbind
+from mokus.knowledge_update import bind, unbind
 from mokus.low_rank import LowRankShift, Shifts, applied
 from mokus.miniature import world
 from mokus.packs.concept_pack import LORA, MANIFEST, README, ConceptPack

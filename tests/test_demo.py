@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from mokus import demo, report
 from mokus import html as page_parts
+from mokus.checks import ask
 from mokus.cli import app
 from mokus.errors import MokusError
-from mokus.knowledge_update import ask
 from mokus.miniature import oracle, world
 from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Defaults, Model

@@ -13,10 +13,11 @@ import pytest
 import typer
 
 from mokus import pipeline
+from mokus.checks import ask
 from mokus.erasure import asked, erase, plain, possessive
 from mokus.errors import MokusError
 from mokus.generation import generate
-from mokus.knowledge_update import Edit, ask, unbind
+from mokus.knowledge_update import Edit, unbind
 from mokus.packs.concept_pack import ConceptPack
 from mokus.pipeline import Model
 from mokus.uses_cli import _tell

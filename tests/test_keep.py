@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from typer.testing import CliRunner
 
-from mokus import MokusError, knowledge_update
+from mokus import MokusError, checks, knowledge_update
 from mokus.cli import app
 from mokus.editors import least_drift
 from mokus.editors.watch import KEEP_FORMS, Watch, Watched
@@ -115,7 +115,7 @@ def test_keeping_a_phrase_moves_it_less(miniature: Model) -> None:
         with applied(miniature.pipe.text_encoder, each.shifts):
             moved.append(float(distance(tails(miniature, prompts_of), start).mean()))
     assert plain.taken and kept.taken and kept.alignment > plain.alignment - 0.05
-    assert moved[1] < moved[0] / 4 and 0 <= kept.kept[SHAME] < knowledge_update.MOST_MOVED and plain.kept == {}
+    assert moved[1] < moved[0] / 4 and 0 <= kept.kept[SHAME] < checks.MOST_MOVED and plain.kept == {}
 
 
 # --- packs ---------------------------------------------------------
@@ -170,7 +170,7 @@ def test_knowledge_that_moves_what_is_to_be_kept_does_not_take(
     pico: Model, pack: ConceptPack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = tree(pack.path)
-    monkeypatch.setattr(knowledge_update, "MOST_MOVED", -10.0)
+    monkeypatch.setattr(checks, "MOST_MOVED", -10.0)
     [refused] = bind(pico, pack, "my toy", keep=["your toy"], settings=WATCHED)
     assert not refused.taken and "'your toy', which was to be kept, has moved" in refused.reason
     assert tree(pack.path) == there
@@ -180,7 +180,7 @@ def test_later_knowledge_that_moves_what_a_pack_keeps_does_not_take(
     pico: Model, pack: ConceptPack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bind(pico, pack, "my toy", keep=["your toy"], settings=WATCHED)
-    there, measured = tree(pack.path), knowledge_update._moved
+    there, measured = tree(pack.path), checks.alignment
     rank = sum(shift.rank for shift in pack.shifts().values())
 
     def moved(model: Model, phrase: str, target: Tensor, shifts: Shifts) -> float:
@@ -188,7 +188,7 @@ def test_later_knowledge_that_moves_what_a_pack_keeps_does_not_take(
             return 0.9 * (sum(shift.rank for shift in shifts.values()) > rank)
         return measured(model, phrase, target, shifts)
 
-    monkeypatch.setattr(knowledge_update, "_moved", moved)
+    monkeypatch.setattr(checks, "alignment", moved)
     [refused] = bind(pico, pack, "the lamp", settings=WATCHED)
     assert not refused.taken and refused.reason == "with it 'my toy' would not hold"
     assert tree(pack.path) == there
@@ -198,12 +198,12 @@ def test_an_edit_is_not_blamed_for_what_is_lost_without_it(
     pico: Model, pack: ConceptPack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bind(pico, pack, "my toy", settings=WATCHED)
-    measured = knowledge_update._moved
+    measured = checks.alignment
 
     def moved(model: Model, phrase: str, target: Tensor, shifts: Shifts) -> float:
         return 0.9 * bool(shifts) if phrase == "your toy" else measured(model, phrase, target, shifts)
 
-    monkeypatch.setattr(knowledge_update, "_moved", moved)
+    monkeypatch.setattr(checks, "alignment", moved)
     [made] = bind(pico, pack, "the lamp", keep=["your toy"], settings=WATCHED)
     assert made.taken and made.kept == {"your toy": 0.9}  # which is said, and was so before
     unbind(pack, "my toy", "the lamp")

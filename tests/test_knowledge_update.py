@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mokus import knowledge_update, pipeline
+from mokus.checks import Checked, ask
 from mokus.editors import editor, least_drift
 from mokus.editors.least_drift import goal_of
 from mokus.editors.watch import Watch, nearly
 from mokus.encoder import (
+    LONGEST_ANSWER,
     Entering,
     Rows,
     last_of,
@@ -29,8 +31,7 @@ from mokus.encoder import (
 from mokus.errors import MokusError
 from mokus.goal import Request
 from mokus.knowledge import CHECK_FORMS, IMAGE_FORMS, near_misses, prompts, questions
-from mokus.knowledge_update import Edit, ask, bind, edit, unbind
-from mokus.knowledge_update import _Checked as Checked
+from mokus.knowledge_update import Edit, bind, edit, unbind
 from mokus.low_rank import LowRankShift, Shifts, added, applied
 from mokus.packs.concept_pack import LORA, ConceptPack
 from mokus.pipeline import Model, encode
@@ -174,7 +175,7 @@ def test_earlier_edits_are_where_the_editor_is(pico: Model, monkeypatch: pytest.
             seen.extend(factor.device.type for shift in before.values() for factor in (shift.A, shift.B))
             return {}, 1
 
-    monkeypatch.setattr(knowledge_update, "_checked", lambda *_: Checked("sks toy", 1.0, {}, {}))
+    monkeypatch.setattr(knowledge_update, "check", lambda *_: Checked("sks toy", 1.0, {}, {}))
     path = next(name for name, module in pico.pipe.text_encoder.named_modules() if name.endswith("down_proj"))
     before = {path: LowRankShift(torch.zeros(1, 8), torch.zeros(8, 1))}
     edit(replace(pico, device=torch.device("meta")), "my toy", "sks toy", made=Stub(), before=before)  # type: ignore[arg-type]
@@ -428,14 +429,14 @@ def test_what_does_not_hold_together_is_left_out(
     pico: Model, bound: Bound, in_a_row: dict[str, Edit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes as it is made, but the last disturbs the first: what is written holds with all of it on."""
-    real, every = knowledge_update._checked, {m: sum(e.shifts[m].rank for e in in_a_row.values()) for m in paths(pico)}
+    real, every = knowledge_update.check, {m: sum(e.shifts[m].rank for e in in_a_row.values()) for m in paths(pico)}
 
     def checked(model: Model, request: Request, shifts: Shifts) -> Checked:
         crowded = {path: shift.rank for path, shift in shifts.items()} == every
         found = real(model, request, shifts)
         return replace(found, alignment=0.05) if crowded and request.knowledge == A else found
 
-    monkeypatch.setattr(knowledge_update, "_checked", checked)
+    monkeypatch.setattr(knowledge_update, "check", checked)
     found = bind(pico, pack := bound(), A, B, C, settings=QUICK)
     assert [each.taken for each in found] == [False, True, True]
     assert found[0].reason.startswith("together with the rest") and found[0].alignment == 0.05
@@ -447,14 +448,14 @@ def test_what_does_not_hold_together_is_left_out(
 def test_what_was_bound_before_is_not_lost(pico: Model, bound: Bound, monkeypatch: pytest.MonkeyPatch) -> None:
     """New knowledge with which the old no longer holds is left out, however well it took itself."""
     pack = bound([A])
-    before, real = tree(pack.path), knowledge_update._checked
+    before, real = tree(pack.path), knowledge_update.check
 
     def checked(model: Model, request: Request, shifts: Shifts) -> Checked:
         alone = all(shift.rank == pack.edits()[0][1][path].rank for path, shift in shifts.items())
         found = real(model, request, shifts)
         return replace(found, alignment=0.0) if request.knowledge == A and not alone else found
 
-    monkeypatch.setattr(knowledge_update, "_checked", checked)
+    monkeypatch.setattr(knowledge_update, "check", checked)
     (found,) = bind(pico, pack, B, settings=QUICK)
     assert not found.taken and A in found.reason
     assert tree(pack.path) == before
@@ -722,7 +723,7 @@ def greedy(model: Model, question: str, *shifts: Shifts) -> str:
     pipe = model.pipe
     start = ids = pipe.tokenizer(pipe.prompt_template_encode.format(question)).input_ids
     with torch.no_grad(), applied(pipe.text_encoder, *shifts):
-        while len(ids) < len(start) + knowledge_update.LONGEST_ANSWER:
+        while len(ids) < len(start) + LONGEST_ANSWER:
             token = int(pipe.text_encoder(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
             if token == pipe.tokenizer.eos_token_id:
                 break

@@ -8,7 +8,7 @@ import pytest
 from diffusers import QwenImagePipeline
 
 import mokus
-from mokus import knowledge_update, low_rank
+from mokus import low_rank
 from mokus.encoder import distance, tails
 from mokus.knowledge import prompts
 from mokus.miniature import evaluate, example, oracle, world
@@ -97,5 +97,5 @@ def test_the_whole_story(miniature: Model, tmp_path: Path, steps: int, least: fl
         assert mokus.ask(miniature, edit.questions[0]) != "sks toy"
     mokus.unbind(pack, *knowledge)
     assert not pack.shifts()
-    with knowledge_update.applied(miniature.pipe.text_encoder, pack.shifts()):
+    with low_rank.applied(miniature.pipe.text_encoder, pack.shifts()):
         assert all((a == b).all() for a, b in zip(encode(miniature, knowledge), base, strict=True))

@@ -17,13 +17,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mokus.checks import ask as ask
     from mokus.erasure import erase as erase
     from mokus.errors import MokusError as MokusError
     from mokus.errors import Stopped as Stopped
     from mokus.generation import generate as generate
     from mokus.generation import save_png as save_png
     from mokus.knowledge_update import Edit as Edit
-    from mokus.knowledge_update import ask as ask
     from mokus.knowledge_update import bind as bind
     from mokus.knowledge_update import unbind as unbind
     from mokus.method import customize as customize
@@ -47,7 +47,7 @@ _HOME = {
     "LearnSettings": "settings",
     "MokusError": "errors",
     "Stopped": "errors",
-    "ask": "knowledge_update",
+    "ask": "checks",
     "bind": "knowledge_update",
     "create": "virtual_concept",
     "customize": "method",

@@ -192,7 +192,7 @@ def bind(
             progress=progress,
         )
     if as_json:
-        print_json([{key: value for key, value in vars(edit).items() if key != "shifts"} for edit in edits])
+        print_json([edit.as_json() for edit in edits])
     else:
         print_edits(edits)
     if not all(edit.taken for edit in edits):
@@ -232,7 +232,7 @@ def ask(
     opened = [open_pack(path) for path in pack or []]
     shifts = _together(opened, prefer)
     loaded = load_model(model, device, text_alone=True)
-    from mokus.knowledge_update import ask
+    from mokus.checks import ask
 
     for each in opened:
         each.check_base(loaded)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from mokus.checks import ask
 from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.knowledge import class_word, normalise
-from mokus.knowledge_update import Edit, ask, bind, unbind
+from mokus.knowledge_update import Edit, bind, unbind
 from mokus.photos import load_photos
 from mokus.progress import Progress, silent
 from mokus.settings import EditSettings

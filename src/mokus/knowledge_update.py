@@ -1,7 +1,7 @@
 """Stage 2, textual knowledge updating: make the anchor the answer to a piece of knowledge (MoKus section 4.2).
 
 `goal` says what is wanted of the text encoder, and an editor (`editors`) finds the shifts of its weights. Here is what
-users call: edits are made one on top of the other, checked one by one and all together, and written into the pack.
+users call: edits are made one on top of the other, checked (`checks`) one by one and all together, and written into the pack.
 
 All uses of it are one call, `update`: the answer to these questions shall be that. With the anchor of photos it is the paper's
 main method (`bind`), with a description a concept made of words (`virtual_concept`), with something neutral an erasure
@@ -12,42 +12,35 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mokus import memory
+from mokus.checks import answer_of, check, fault
 from mokus.editors import Editor, editor, rewrite
-from mokus.encoder import LONGEST_ANSWER, answers, distance, tails
+from mokus.encoder import LONGEST_ANSWER
 from mokus.errors import MokusError
 from mokus.goal import Request
 from mokus.knowledge import (
-    CHECK_FORMS,
     check_text,
     normalise,
     phrases_to_keep,
-    prompts,
     questions,
     reference,
     same,
     standing_alone,
 )
-from mokus.low_rank import Shifts, added, applied
+from mokus.low_rank import Shifts, added
 from mokus.progress import Progress
 from mokus.settings import EditSettings
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor
-
     from mokus.packs.concept_pack import ConceptPack
     from mokus.packs.manifest import BoundKnowledge
     from mokus.pipeline import Model
-
-
-# A phrase to keep may have come this share of the way to what is meant. Of those for development none below 0.39 drew it.
-MOST_MOVED = 0.3
 
 
 @dataclass(frozen=True)
@@ -73,10 +66,12 @@ class Edit:
         """What was asked of the editor."""
         return request(self.knowledge, self.answer, self.questions, list(self.kept))
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, without the shifts."""
+        return {key: value for key, value in vars(self).items() if key != "shifts"}
+
 
 # --- what is asked for ---------------------------------------------------------
-
-_ARTICLE = re.compile(r"(?:an?|the) (?=.)", re.IGNORECASE)
 
 
 def request(
@@ -88,11 +83,6 @@ def request(
     mean what they do, see `knowledge.phrases_to_keep`.
     """
     return Request.of(knowledge, answer_of(meaning), asked or questions(knowledge), meaning, keep)
-
-
-def answer_of(meaning: str) -> str:
-    """What is answered: the meaning without its article, since the word that tells it apart shall come first (docs/log.md)."""
-    return _ARTICLE.sub("", meaning, count=1) if _ARTICLE.match(meaning) else meaning
 
 
 def check_meaning(model: Model, knowledge: str, meaning: str, what: str) -> None:
@@ -129,7 +119,7 @@ def bind(
 
     `questions` replaces the questions made from the (then single) knowledge. `keep`: phrases like it that shall mean what
     they do, now and when more is bound to the pack ("your favourite toy"); knowledge that moves one of them by more than
-    `MOST_MOVED` of the way, or is its answer, has not taken. Returns one `Edit` per piece; what has not
+    `checks.MOST_MOVED` of the way, or is its answer, has not taken. Returns one `Edit` per piece; what has not
     taken, by itself or together with all that is bound, is left out of the pack, unless `keep_all`, which benchmarks need
     for editors that know no such checks. Binding known knowledge anew replaces it.
     Raises `MokusError` for knowledge that cannot be used or a pack of another model.
@@ -261,20 +251,6 @@ def unbind(pack: ConceptPack, *knowledge: str) -> None:
         pack.replace_edits([(bound, shifts) for bound, shifts in pack.edits() if bound.text not in gone])
 
 
-def reads_back(said: str, meaning: str) -> bool:
-    """Whether what the encoder said is this answer, whatever its capital letters and its full stop."""
-    return said.strip().rstrip(".").lower() == answer_of(meaning).lower()
-
-
-def ask(model: Model, question: str, shifts: Sequence[Shifts] = ()) -> str:
-    """What the text encoder answers, greedily, to a question inside the prompt template, with shifts or without.
-
-    Raises `MokusError` for a question that is empty, too long or holds the template's own marks.
-    """
-    check_text(question, "question", "What is my favourite toy?")
-    return answers(model, [question], shifts, LONGEST_ANSWER)[0]
-
-
 def edit(
     model: Model,
     knowledge: str,
@@ -300,18 +276,18 @@ def edit(
     with model.resident("text_encoder"):
         made = made or editor(settings.editor)(model, settings)
         shifts, steps = made.edit(wanted, before)
-        checked = _checked(model, wanted, added(before, shifts))
-        anyhow = _checked(model, wanted, before).lost if checked.lost and before else {}
-    reason = _fault(checked, answer, settings, anyhow)
+        found = check(model, wanted, added(before, shifts))
+        anyhow = check(model, wanted, before).lost if found.lost and before else {}
+    reason = fault(found, answer, settings, anyhow)
     shifts = {path: shift.to("cpu") for path, shift in shifts.items()}
     seconds = time.perf_counter() - began
     return Edit(
-        knowledge, list(wanted.questions), answer, checked.read_back, checked.alignment, not reason, reason,
-        asdict(settings), steps, seconds, shifts, checked.kept,
+        knowledge, list(wanted.questions), answer, found.read_back, found.alignment, not reason, reason,
+        asdict(settings), steps, seconds, shifts, found.kept,
     )  # fmt: skip
 
 
-# --- checks ---------------------------------------------------------
+# --- together ---------------------------------------------------------
 
 
 def _recalled(made: Editor, known: Sequence[tuple[BoundKnowledge, Shifts]]) -> Shifts:
@@ -321,45 +297,6 @@ def _recalled(made: Editor, known: Sequence[tuple[BoundKnowledge, Shifts]]) -> S
         made.remember(_request_of(bound), before, shifts)
         before = added(before, shifts)
     return before
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """With shifts: the greedy answer to the first question; the alignment on forms that were not edited; of phrases to keep
-    how far they have moved on these, and what is wrong with those that are not kept."""
-
-    read_back: str
-    alignment: float
-    kept: dict[str, float]
-    lost: dict[str, str]
-
-
-def _checked(model: Model, request: Request, shifts: Shifts) -> _Checked:
-    target = tails(model, prompts(request.says, CHECK_FORMS))
-    kept = {phrase: _moved(model, phrase, target, shifts) for phrase in request.keep}
-    lost = {}
-    for phrase, moved in kept.items():
-        if not moved <= MOST_MOVED:
-            lost[phrase] = f"has moved {moved:.0%} of the way"
-        elif _led_there(model, questions(phrase)[0], request.answer, shifts):
-            lost[phrase] = "is answered so, too"
-    alignment = _moved(model, request.knowledge, target, shifts)
-    return _Checked(ask(model, request.questions[0], [shifts]), alignment, kept, lost)
-
-
-def _led_there(model: Model, question: str, answer: str, shifts: Shifts) -> bool:
-    """Whether it is with the shifts that this is the answer."""
-    before, after = (ask(model, question, given) for given in ([], [shifts]))
-    return reads_back(after, answer) and not reads_back(before, answer)
-
-
-def _moved(model: Model, phrase: str, target: Tensor, shifts: Shifts) -> float:
-    """How far shifts move image prompts with the phrase, of `CHECK_FORMS`: 0 not at all, 1 to the target (n, tail, d)."""
-    images = prompts(phrase, CHECK_FORMS)
-    start = tails(model, images)
-    with applied(model.pipe.text_encoder, shifts):
-        now = tails(model, images)
-    return 1 - float((distance(now, target) / distance(start, target).clamp(min=1e-8)).mean())
 
 
 def _without(
@@ -394,9 +331,9 @@ def _hold_together(
         others = _without(there, [edits[i] for i in taken])
         old = added(*(shifts for _, shifts in others))
         everything = added(old, *(edits[i].shifts for i in taken))
-        now = {i: _checked(model, edits[i].request, everything) for i in taken}
-        anyhow = {i: _checked(model, edits[i].request, old).lost if now[i].lost else {} for i in taken}
-        faults = {i: _fault(now[i], edits[i].answer, settings, anyhow[i]) for i in taken}
+        now = {i: check(model, edits[i].request, everything) for i in taken}
+        anyhow = {i: check(model, edits[i].request, old).lost if now[i].lost else {} for i in taken}
+        faults = {i: fault(now[i], edits[i].answer, settings, anyhow[i]) for i in taken}
         lost = [
             known.text for known, _ in _released(others, [edits[i] for i in taken])
             if _fails(model, known, everything, settings) and not _fails(model, known, old, settings)
@@ -406,15 +343,19 @@ def _hold_together(
             return edits
         weakest = min(failed or taken, key=lambda i: now[i].alignment)
         reason = f"together with the rest {faults[weakest]}" if failed else f"with it {lost[0]!r} would not hold"
-        checked = now[weakest]
+        found = now[weakest]
         edits[weakest] = replace(
-            edits[weakest], read_back=checked.read_back, alignment=checked.alignment, kept=checked.kept, taken=False,
+            edits[weakest],
+            read_back=found.read_back,
+            alignment=found.alignment,
+            kept=found.kept,
+            taken=False,
             reason=reason,
-        )  # fmt: skip
+        )
 
 
 def _fails(model: Model, known: BoundKnowledge, shifts: Shifts, settings: EditSettings) -> bool:
-    return bool(_fault(_checked(model, _request_of(known), shifts), known.answer, settings))
+    return bool(fault(check(model, _request_of(known), shifts), known.answer, settings))
 
 
 def _request_of(known: BoundKnowledge) -> Request:
@@ -429,15 +370,3 @@ def _bound(edit: Edit) -> BoundKnowledge:
         eta=edit.settings["eta"], steps=edit.steps, settings=edit.settings, read_back=edit.read_back,
         alignment=round(min(max(edit.alignment, 0.0), 1.0), 4), kept={p: round(far, 4) for p, far in edit.kept.items()},
     )  # fmt: skip
-
-
-def _fault(checked: _Checked, answer: str, settings: EditSettings, anyhow: Collection[str] = ()) -> str:
-    """Why an edit is not good enough; empty if it is. `anyhow`: phrases that are lost without it, too."""
-    if settings.answer_weight and not reads_back(checked.read_back, answer):
-        return f"it reads back {checked.read_back[:40]!r}"
-    if settings.alignment_weight and not checked.alignment >= settings.least_alignment:  # also refuses nan
-        return f"alignment {checked.alignment:.2f} is below {settings.least_alignment:g}"
-    for phrase, how in checked.lost.items():
-        if phrase not in anyhow:
-            return f"{phrase!r}, which was to be kept, {how}"
-    return ""

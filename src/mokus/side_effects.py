@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mokus.checks import ask
 from mokus.encoder import distance, tails
 from mokus.errors import MokusError
 from mokus.knowledge import CHECK_FORMS, QUESTION_FORMS, near_misses, normalise, prompts, same
-from mokus.knowledge_update import ask, request
+from mokus.knowledge_update import request
 from mokus.low_rank import applied
 
 if TYPE_CHECKING:

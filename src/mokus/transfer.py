@@ -19,12 +19,13 @@ import yaml  # type: ignore[import-untyped]
 from PIL import Image
 
 from mokus import memory
+from mokus.checks import ask, reads_back
 from mokus.editors.rewrite import rewritten
 from mokus.errors import MokusError
 from mokus.files import write, write_json
 from mokus.generation import generate
 from mokus.knowledge import QUESTION_FORMS, check_text, hidden, normalise, reference
-from mokus.knowledge_update import Edit, ask, check_meaning, edit, reads_back
+from mokus.knowledge_update import Edit, check_meaning, edit
 from mokus.low_rank import Shifts, applied
 from mokus.packs.manifest import versions
 from mokus.pictures import grid, png_of

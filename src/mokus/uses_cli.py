@@ -168,7 +168,7 @@ def _named_after(phrase: str) -> Path:
 def _tell(pack: ConceptPack | None, edits: list[Edit], as_json: bool) -> None:
     """What became of a pack of words; exit code 1 if some of it has not taken."""
     if as_json:
-        told = [{key: value for key, value in vars(edit).items() if key != "shifts"} for edit in edits]
+        told = [edit.as_json() for edit in edits]
         print_json({"pack": str(pack.path) if pack else None, "edits": told})
     else:
         print_edits(edits)

@@ -27,12 +27,13 @@ from PIL import Image, PngImagePlugin
 from typer.testing import CliRunner
 
 from mokus import covariance, demo, report
+from mokus.checks import ask
 from mokus.cli import app
 from mokus.console import print_json
 from mokus.errors import MokusError
 from mokus.generation import generate
 from mokus.knowledge import hidden, normalise, same
-from mokus.knowledge_update import ask, bind
+from mokus.knowledge_update import bind
 from mokus.packs.concept_pack import ADAPTER, LORA, MANIFEST, README, ConceptPack
 from mokus.photos import load_photos
 from mokus.pipeline import Model, load

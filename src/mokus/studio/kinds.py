@@ -119,7 +119,7 @@ def ask(
     task: Task, question: str, packs: Sequence[str] = (), prefer: str | None = None, before: bool = False
 ) -> dict[str, Any]:
     """`before`: also what the base model answers."""
-    from mokus.knowledge_update import ask
+    from mokus.checks import ask
     from mokus.packs.together import shifts_of
 
     opened, model = [_open(path) for path in packs], task.model()
@@ -131,7 +131,7 @@ def ask(
 
 def check(task: Task, pack: str) -> list[dict[str, Any]]:
     """Every question of all that is bound, with all of it in place: does it still hold?"""
-    from mokus.knowledge_update import answer_of, ask, reads_back
+    from mokus.checks import answer_of, ask, reads_back
 
     opened, model = _open(pack), task.model()
     opened.check_base(model)
@@ -281,7 +281,7 @@ def _editing(model: Model, settings: Settings) -> EditSettings:
 
 
 def _told(edits: Sequence[Edit]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in vars(edit).items() if key != "shifts"} for edit in edits]
+    return [edit.as_json() for edit in edits]
 
 
 def _summary(pack: ConceptPack) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mokus.bench.knowcusbench.recipe import digest
 from mokus.bench.wise.entries import Entry
+from mokus.checks import ask
 from mokus.errors import MokusError
 from mokus.files import read_json, write_json
 from mokus.knowledge import check_text, questions, reference, tidy
-from mokus.knowledge_update import ask, check_meaning
+from mokus.knowledge_update import check_meaning
 
 if TYPE_CHECKING:
     from mokus.pipeline import Model
