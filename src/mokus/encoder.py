@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -113,7 +114,9 @@ def _prefix(model: Model) -> Tensor:
     return torch.tensor([token_ids(model, "")[: prefix_length(model)]], device=model.device)
 
 
+@torch.no_grad()
 def _prefix_cache(model: Model, prefix: Tensor) -> DynamicCache:
+    """Keys and values (1, prefix, ...) of the prefix, with what is applied now: run once for all prompts that follow it."""
     cache = DynamicCache()
     model.language_model(input_ids=prefix, past_key_values=cache, use_cache=True)
     return cache
@@ -156,17 +159,17 @@ class Rows:
         at = torch.arange(self.ids.shape[1], device=self.ids.device)[None]
         return (at < ends) & (at >= ends - n)
 
-    def encode(self, model: Model) -> Tensor:
+    def encode(self, model: Model, prefix: DynamicCache | None = None) -> Tensor:
         """What the image transformer is told (b, s, d)."""
-        return self.states(model).told
+        return self.states(model, prefix).told
 
-    def states(self, model: Model) -> States:
+    def states(self, model: Model, prefix: DynamicCache | None = None) -> States:
         """Those of all rows (b, s, ...).
 
-        The prefix, the same for all, is run once; attention is causal, so neither it nor any other token depends on the
-        padding, and no edited row has a gradient from it.
+        The prefix, the same for all, is run once, if it is not given as `_prefix_cache` has it; attention is causal, so
+        neither it nor any other token depends on the padding, and no edited row has a gradient from it.
         """
-        return self._run(model, _read(model))[0]
+        return self._run(model, _read(model), prefix)[0]
 
     @torch.no_grad()
     def inputs(self, model: Model, paths: Sequence[str], where: Tensor) -> dict[str, Tensor]:
@@ -175,10 +178,11 @@ class Rows:
             self.encode(model)
         return record.rows(where)
 
-    def _run(self, model: Model, read: Sequence[nn.Module]) -> tuple[States, DynamicCache]:
-        with torch.no_grad():
-            cache = _prefix_cache(model, self.prefix)
-            cache.batch_repeat_interleave(len(self.ids))
+    def _run(
+        self, model: Model, read: Sequence[nn.Module], prefix: DynamicCache | None = None
+    ) -> tuple[States, DynamicCache]:
+        cache = _prefix_cache(model, self.prefix) if prefix is None else deepcopy(prefix)
+        cache.batch_repeat_interleave(len(self.ids))
         return _states(model.language_model, read, input_ids=self.ids, past_key_values=cache), cache
 
 
@@ -315,9 +319,10 @@ def tails(model: Model, texts: Sequence[str]) -> Tensor:
     """What the image transformer is told (n, tail, d) at the prompts' tails."""
     width = model.pipe.text_encoder.config.get_text_config().hidden_size * len(model.backbone.reads)
     found = torch.zeros(len(texts), tail_length(model), width, device=model.device, dtype=model.pipe.text_encoder.dtype)
+    prefix = _prefix_cache(model, _prefix(model))
     for which in _alike_in_length(model, texts):
         rows = Rows.of(model, [texts[i] for i in which])
-        found[which] = last_of(rows.encode(model), rows.lengths, tail_length(model))
+        found[which] = last_of(rows.encode(model, prefix), rows.lengths, tail_length(model))
     return found
 
 
@@ -382,9 +387,10 @@ def inputs_of(model: Model, texts: Sequence[str], paths: Sequence[str], said: in
     encoder, n = model.pipe.text_encoder, tail_length(model)
     nothing = {path: torch.zeros(0, encoder.get_submodule(path).in_features, device=model.device) for path in paths}
     prompt, tail, said_rows = [nothing], [nothing], [nothing]
+    prefix = _prefix_cache(model, _prefix(model))
     for equal in of_equal_length(model, texts):
         with recorded(encoder, paths) as record:
-            for i, (_, ids) in enumerate(_saying(model, equal, said)):
+            for i, (_, ids) in enumerate(_saying(model, equal, said, prefix)):
                 at_end = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - n).expand_as(ids)
                 if i:
                     said_rows.append(record.rows(at_end))
@@ -416,9 +422,10 @@ def answers(
     """
     said: dict[str, str] = {}
     with model.resident("text_encoder"), applied(model.pipe.text_encoder, *shifts):
+        prefix = _prefix_cache(model, _prefix(model))
         for equal in of_equal_length(model, list(dict.fromkeys(texts))):
             tokens: list[list[int]] = [[] for _ in equal]
-            for going, ids in islice(_saying(model, equal, longest), 1, None):  # not the prompts
+            for going, ids in islice(_saying(model, equal, longest, prefix), 1, None):  # not the prompts
                 for row, token in zip(going, ids[:, 0].tolist(), strict=True):
                     tokens[row].append(token)
             decoded = (str(model.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in tokens)
@@ -434,13 +441,16 @@ def of_equal_length(model: Model, texts: Sequence[str]) -> Iterator[list[str]]:
         yield from (equal[i : i + CHUNK] for i in range(0, len(equal), CHUNK))
 
 
-def _saying(model: Model, texts: Sequence[str], longest: int) -> Iterator[tuple[list[int], Tensor]]:
+def _saying(
+    model: Model, texts: Sequence[str], longest: int, prefix: DynamicCache
+) -> Iterator[tuple[list[int], Tensor]]:
     """Texts of equal length, and then a token at a time of what is said to them, greedily and at most `longest`.
 
+    `prefix`: its keys and values, see `_prefix_cache`.
     After each pass: which texts, by number, took part, since others have ended, and the tokens (rows, s) that were run.
     """
     encoder, rows = model.pipe.text_encoder, Rows.of(model, texts)
-    (_, states), cache = rows._run(model, _read(model))
+    (_, states), cache = rows._run(model, _read(model), prefix)
     going = list(range(len(texts)))
     yield going, rows.ids
     for _ in range(longest):
