@@ -15,9 +15,9 @@ import torch
 from huggingface_hub import constants
 
 from mokus import pipeline
-from mokus.checks import answer_of
 from mokus.errors import MokusError
 from mokus.generation import generate
+from mokus.knowledge import answer_of
 from mokus.knowledge_update import bind, request, unbind
 from mokus.low_rank import applied
 from mokus.packs.concept_pack import ADAPTER, LORA, README, ConceptPack

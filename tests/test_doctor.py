@@ -366,6 +366,9 @@ def test_the_command_says_which_tiers_are_taken() -> None:
     assert "commands that draw or learn take tier 4bit" in told and "commands that bind or ask take tier all" in told
     found = json.loads(run(*given, "12", "--json").stdout)
     assert [(each["tier"], each["usual_tier"]) for each in found] == [(None, "offload"), ("offload", "offload")]
+    assert "commands that ask take tier offload; to bind, take --device cpu" in " ".join(
+        run(*given, "12").stdout.split()
+    )
     assert "no command that is to draw or learn runs" in run(*given, "4").stdout
 
 

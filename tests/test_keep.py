@@ -38,7 +38,7 @@ WATCHED = replace(QUICK, near_weight=1.0, least_alignment=0.0)
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random encoder never ends an answer by itself."""
-    monkeypatch.setattr(knowledge_update, "LONGEST_ANSWER", 8)
+    monkeypatch.setattr(checks, "LONGEST_ANSWER", 8)
 
 
 @pytest.fixture

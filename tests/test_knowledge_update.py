@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mokus import knowledge_update, pipeline
+from mokus import checks, knowledge_update, pipeline
 from mokus.checks import Checked, ask
 from mokus.editors import editor, least_drift
 from mokus.editors.least_drift import goal_of
 from mokus.editors.watch import Watch, nearly
 from mokus.encoder import (
-    LONGEST_ANSWER,
     Entering,
     Rows,
     last_of,
@@ -57,7 +56,7 @@ Bound = Callable[..., ConceptPack]
 def short_answers() -> Iterator[None]:
     """A random encoder never ends an answer by itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(knowledge_update, "LONGEST_ANSWER", 8)
+        patch.setattr(checks, "LONGEST_ANSWER", 8)
         yield
 
 
@@ -723,7 +722,7 @@ def greedy(model: Model, question: str, *shifts: Shifts) -> str:
     pipe = model.pipe
     start = ids = pipe.tokenizer(pipe.prompt_template_encode.format(question)).input_ids
     with torch.no_grad(), applied(pipe.text_encoder, *shifts):
-        while len(ids) < len(start) + LONGEST_ANSWER:
+        while len(ids) < len(start) + checks.LONGEST_ANSWER:
             token = int(pipe.text_encoder(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
             if token == pipe.tokenizer.eos_token_id:
                 break

@@ -219,9 +219,20 @@ def test_any_tier_is_taken_by_the_text_encoder_alone(
 
 
 def test_a_full_memory_names_a_tier_that_needs_less_of_what_is_loaded() -> None:
-    names = {each: memory.below(memory.tier("all"), ["text_encoder"], loaded=each) for each in (COMPONENTS, TEXT_ALONE)}
-    found = {loaded: each.name if each else None for loaded, each in names.items()}
-    assert found == {COMPONENTS: "staged", TEXT_ALONE: "offload"}
+    lower = {
+        (loaded, task): memory.below(memory.tier("all"), ["text_encoder"], loaded, task)
+        for loaded in (COMPONENTS, TEXT_ALONE)
+        for task in ("generate", "bind")
+    }
+    assert {key: each.name if each else None for key, each in lower.items()} == {
+        (COMPONENTS, "generate"): "staged", (COMPONENTS, "bind"): "staged",
+        (TEXT_ALONE, "generate"): "offload", (TEXT_ALONE, "bind"): None,
+    }  # fmt: skip
+    with (
+        pytest.raises(MokusError, match=r"none below it needs less .* --device cpu computes without a GPU"),
+        memory.told(memory.tier("all"), torch.device("cuda"), ["text_encoder"], TEXT_ALONE, "bind"),
+    ):
+        raise torch.OutOfMemoryError
 
 
 # --- a quantised text encoder, which a user may bring ---------------------------------------------------------
@@ -262,25 +273,24 @@ def test_edits_are_neither_found_in_quantised_weights_nor_added_to_them(packed_e
 
 
 @pytest.mark.parametrize(
-    "name, stage, training, expected",
+    "name, stage, task, expected",
     [
-        ("all", ["transformer"], True, "--tier selective'"),
-        ("all", ["transformer", "vae"], False, "--tier staged'"),  # nothing is kept for a backward pass
-        ("all", ["text_encoder"], False, "--tier staged'"),
-        ("staged", ["transformer"], True, "--tier 8bit'"),
-        ("staged", ["text_encoder"], False, "--tier offload'.*only generate"),  # which is never in few bits
-        ("staged", ["vae"], False, "none below it needs less"),
-        ("4bit", ["transformer", "vae"], False, "--tier offload'.*only generate"),
-        ("4bit", ["transformer"], True, "none below it needs less"),
-        ("offload", ["transformer", "vae"], False, "none below it needs less"),
+        ("all", ["transformer"], "learn", "--tier selective'"),
+        ("all", ["transformer", "vae"], "generate", "--tier staged'"),  # nothing is kept for a backward pass
+        ("all", ["text_encoder"], "generate", "--tier staged'"),
+        ("staged", ["transformer"], "learn", "--tier 8bit'"),
+        ("staged", ["text_encoder"], "generate", "--tier offload'.*only generate"),  # which is never in few bits
+        ("staged", ["text_encoder"], "bind", "none below it needs less.*--device cpu"),
+        ("staged", ["vae"], "generate", "none below it needs less"),
+        ("4bit", ["transformer", "vae"], "generate", "--tier offload'.*only generate"),
+        ("4bit", ["transformer"], "learn", "none below it needs less"),
+        ("offload", ["transformer", "vae"], "generate", "none below it needs less"),
     ],
 )
-def test_a_full_gpu_names_the_next_tier_that_needs_less(
-    name: str, stage: list[str], training: bool, expected: str
-) -> None:
+def test_a_full_gpu_names_the_next_tier_that_needs_less(name: str, stage: list[str], task: str, expected: str) -> None:
     with (
         pytest.raises(MokusError, match=expected) as raised,
-        memory.told(memory.tier(name), torch.device("cuda:0"), stage, training),
+        memory.told(memory.tier(name), torch.device("cuda:0"), stage, task=task),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
     assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)

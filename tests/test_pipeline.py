@@ -222,7 +222,7 @@ def test_another_config_is_another_model(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_loaded_is_read_off_its_files_for_the_fingerprint(
+def test_what_is_not_kept_counts_for_the_fingerprint(
     pico: Model, pico_folder: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     alone = pipeline.load(pico_folder, device="cpu", dtype=dtype, text_alone=True)
@@ -235,7 +235,7 @@ def test_what_is_not_loaded_is_read_off_its_files_for_the_fingerprint(
 
 
 @pytest.mark.parametrize("name", ["transformer", "vae"])
-def test_every_weight_that_is_not_loaded_counts(pico: Model, copied: Path, name: str) -> None:
+def test_every_weight_that_is_not_kept_counts(pico: Model, copied: Path, name: str) -> None:
     (file,) = (copied / name).glob("*.safetensors")
     weights = load_file(file)
     for key in sorted(weights)[:: max(1, len(weights) // 5)]:
@@ -250,43 +250,48 @@ def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
 
 
-def _rename_one(file: Path) -> None:
+def _enlarge_one(file: Path) -> None:
     weights = load_file(file)
-    save_file({f"{key}{'_' * (i == 3)}": weight for i, (key, weight) in enumerate(weights.items())}, file)
+    name = next(name for name in weights if weights[name].ndim == 2)
+    save_file({**weights, name: weights[name].repeat(2, 1)}, file, {"format": "pt"})
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, _cut, _rename_one])
-def test_damaged_weights_that_are_not_loaded_are_one_sentence(copied: Path, damage: Callable[[Path], None]) -> None:
+def _widen(file: Path) -> None:
+    edit_json(file.parent / "config.json", lambda config: config.update(joint_attention_dim=8))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, _cut, _enlarge_one, _widen, lambda file: shutil.rmtree(file.parent)])
+def test_damage_to_what_is_not_kept_is_one_sentence_all_the_same(copied: Path, damage: Callable[[Path], None]) -> None:
     (file,) = (copied / "transformer").glob("*.safetensors")
     damage(file)
-    with pytest.raises(MokusError, match=r"cannot be loaded .*get a whole copy") as caught:
-        pipeline.load(copied, device="cpu", text_alone=True)
-    assert "\n" not in str(caught.value)
+    for text_alone in (False, True):
+        with pytest.raises(MokusError, match=r"cannot be loaded .*get a whole copy") as caught:
+            pipeline.load(copied, device="cpu", text_alone=text_alone)
+        assert "\n" not in str(caught.value)
 
 
-def test_an_index_without_a_class_of_diffusers(copied: Path) -> None:
-    for change in (lambda c: c.update(transformer=[None, None]), lambda c: c.pop("transformer")):
-        edit_json(copied / "model_index.json", change)
-        with pytest.raises(MokusError, match=r"cannot be loaded .*get a whole copy"):
-            pipeline.load(copied, device="cpu", text_alone=True)
-
-
-def test_all_of_a_hub_s_model_is_downloaded_and_the_encoder_loaded(
+def test_what_is_not_kept_is_known_by_the_hub_s_id_and_sizes_are_as_ever(
     pico: Model, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Diffusers by itself leaves out what is passed as None."""
-    given: list[Any] = []
-
-    def download(source: str, **kwargs: Any) -> str:
-        given.append((source, kwargs))
-        return str(pico_folder)
-
+    """Nothing but the libraries' own loaders sees the id."""
+    real, given = pipeline.DiffusionPipeline.from_pretrained.__func__, []  # type: ignore[attr-defined]
     index = json.loads((pico_folder / "model_index.json").read_text())
+    for kind in (type(pico.pipe.transformer), type(pico.pipe.vae)):
+        loader = kind.from_pretrained
+
+        def local(source: str, *, loader: Any = loader, **named: Any) -> Any:
+            given.append((source, named["subfolder"]))
+            return loader(pico_folder, **named)
+
+        monkeypatch.setattr(kind, "from_pretrained", local)
     monkeypatch.setattr(pipeline.DiffusionPipeline, "load_config", lambda *_: index)
-    monkeypatch.setattr(pipeline.DiffusionPipeline, "download", download)
+    monkeypatch.setattr(
+        QwenImagePipeline, "from_pretrained", lambda source, **named: real(QwenImagePipeline, pico_folder, **named)
+    )
     alone = pipeline.load("somebody/some-model", device="cpu", text_alone=True)
-    assert given == [("somebody/some-model", {"use_safetensors": True})]
-    assert (alone.id, alone.fingerprint) == ("somebody/some-model", pico.fingerprint)
+    assert given == [("somebody/some-model", "transformer"), ("somebody/some-model", "vae")]
+    assert (alone.id, alone.fingerprint, alone.corpus) == ("somebody/some-model", pico.fingerprint, ())
+    assert (alone.size_multiple, alone.grid(SIZE)) == (pico.size_multiple, pico.grid(SIZE))
 
 
 def test_what_needs_the_rest_says_so(pico_folder: Path, tmp_path: Path) -> None:

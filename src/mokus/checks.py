@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mokus.encoder import LONGEST_ANSWER, answers, distance, tails
 from mokus.goal import Request
-from mokus.knowledge import CHECK_FORMS, check_text, prompts, questions
+from mokus.knowledge import CHECK_FORMS, answer_of, check_text, prompts, questions
 from mokus.low_rank import Shifts, applied
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 # A phrase to keep may have come this share of the way to what is meant. Of those for development none below 0.39 drew it.
 MOST_MOVED = 0.3
-_ARTICLE = re.compile(r"(?:an?|the) (?=.)", re.IGNORECASE)
 
 
 # --- answers ---------------------------------------------------------
@@ -33,11 +31,6 @@ def ask(model: Model, question: str, shifts: Sequence[Shifts] = ()) -> str:
     """
     check_text(question, "question", "What is my favourite toy?")
     return answers(model, [question], shifts, LONGEST_ANSWER)[0]
-
-
-def answer_of(meaning: str) -> str:
-    """What is answered: the meaning without its article, since the word that tells it apart shall come first (docs/log.md)."""
-    return _ARTICLE.sub("", meaning, count=1) if _ARTICLE.match(meaning) else meaning
 
 
 def reads_back(said: str, meaning: str) -> bool:

@@ -231,6 +231,11 @@ def named(question: str) -> str:
     return found["name"] if found else ""
 
 
+def answer_of(meaning: str) -> str:
+    """What is answered: the meaning without its article, since the word that tells it apart shall come first (docs/log.md)."""
+    return _ARTICLE.sub("", meaning, count=1) if _ARTICLE.match(meaning) else meaning
+
+
 def prompts(phrase: str, forms: Sequence[str] = IMAGE_FORMS) -> list[str]:
     """Image prompts with the phrase, the same forms for a knowledge and for the anchor."""
     return [form.format(phrase) for form in forms]
@@ -256,6 +261,7 @@ def near_misses(knowledge: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+_ARTICLE = re.compile(r"(?:an?|the) (?=.)", re.IGNORECASE)
 _A_WORD = re.compile(r"[^\W\d_]+(?:[-'\u2019][^\W\d_]+)*")  # "half-term", too
 _MARKED = re.compile(r"(\W*)(\w.*?)((?:['\u2019]s)?\W*)", re.DOTALL)
 

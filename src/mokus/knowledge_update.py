@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mokus import memory
-from mokus.checks import answer_of, check, fault
+from mokus.checks import check, fault
 from mokus.editors import Editor, editor, rewrite
 from mokus.encoder import LONGEST_ANSWER
 from mokus.errors import MokusError
 from mokus.goal import Request
 from mokus.knowledge import (
+    answer_of,
     check_text,
     normalise,
     phrases_to_keep,
@@ -160,7 +161,7 @@ def update(
     wanted = {each.knowledge for each in requests}
     for each in requests:
         phrases_to_keep(each.keep, [known.text for known in pack.knowledge], f"it is bound in {pack.path}")
-    with model.resident("text_encoder"):
+    with model.resident("text_encoder", task="bind"):
         others = [known for known in pack.edits() if known[0].text not in wanted]
         edits = _found(model, requests, others, settings, keep_all, progress)
         with pack.locked():
@@ -193,7 +194,7 @@ def create_pack(
 
     check_free(path, overwrite)
     settings = _editing(model, settings)
-    with model.resident("text_encoder"):
+    with model.resident("text_encoder", task="bind"):
         edits = _hold_together(model, _found(model, requests, [], settings, False, progress), [], settings)
     kept = [(_bound(each), each.shifts) for each in edits if each.taken]
     if not kept:
@@ -273,7 +274,7 @@ def edit(
     settings = settings or EditSettings.for_editor(model.defaults)
     wanted = request(knowledge, answer, asked, keep)
     before = {path: shift.to(model.device) for path, shift in (before or {}).items()}  # where the editor's own are
-    with model.resident("text_encoder"):
+    with model.resident("text_encoder", task="bind"):
         made = made or editor(settings.editor)(model, settings)
         shifts, steps = made.edit(wanted, before)
         found = check(model, wanted, added(before, shifts))

@@ -67,9 +67,10 @@ def tier(name: str) -> Tier:
 
 
 def below(
-    one: Tier, names: Collection[str], training: bool = False, loaded: Collection[str] = COMPONENTS
+    one: Tier, names: Collection[str], loaded: Collection[str] = COMPONENTS, task: str = "generate"
 ) -> Tier | None:
-    """The next tier down that needs less of the GPU while these of the components loaded are used there; None if none does.
+    """The next tier down that can do the task and needs less of the GPU while these of the components loaded are used there for
+    it; None if none does.
 
     The CPU is nobody's next tier: what takes a second on a GPU takes an hour there, so it is left to be asked for.
     """
@@ -80,11 +81,11 @@ def below(
             each.stays and set(loaded) != set(names),
             each.streamed and set(names) != {"vae"},
             each.bits if "transformer" in names else 16,
-            each.kept if training else 0,
+            each.kept if task == "learn" else 0,
         )
 
-    lower = [each for each in TIERS[TIERS.index(one) + 1 : -1] if used(each) != used(one)]
-    return next((each for each in lower if not training or "learn" in each.tasks), None)
+    lower = TIERS[TIERS.index(one) + 1 : -1]
+    return next((each for each in lower if task in each.tasks and used(each) != used(one)), None)
 
 
 def check(one: Tier, task: str) -> None:
@@ -92,7 +93,8 @@ def check(one: Tier, task: str) -> None:
     if task not in one.tasks:
         raise MokusError(
             f"the memory tier {one.name!r} can only {' and '.join(one.tasks)}, and this is to {task}: weights that come and go "
-            "are not there for a backward pass; choose another one, such as --tier 4bit."
+            f"are not there for a backward pass; choose another one, such as --tier {'staged' if task == 'bind' else '4bit'}, or "
+            "--device cpu."
         )
 
 
@@ -103,14 +105,14 @@ def blocks(transformer: nn.Module) -> list[nn.Module]:
     return [each for each in transformer.modules() if any(kind.__name__ in names for kind in type(each).__mro__)]
 
 
-def lacks(one: Tier) -> str | None:
-    """The library that the tier needs and that is not installed, if there is one."""
-    return BITS if one.bits < 16 and find_spec(BITS) is None else None
+def lacks(one: Tier, loaded: Collection[str] = COMPONENTS) -> str | None:
+    """The library that the tier needs for these components and that is not installed, if there is one."""
+    return BITS if one.bits < 16 and "transformer" in loaded and find_spec(BITS) is None else None
 
 
-def check_installed(one: Tier) -> None:
+def check_installed(one: Tier, loaded: Collection[str] = COMPONENTS) -> None:
     """Raise `MokusError` if the tier's library is not there: before weights are read, which takes long."""
-    if missing := lacks(one):
+    if missing := lacks(one, loaded):
         raise MokusError(
             f"the memory tier {one.name!r} needs {missing}, which is not installed: {INSTALL}, or choose another tier by "
             "--tier; 'mokus doctor' says what each needs."
@@ -126,19 +128,19 @@ def place(pipe: Any, one: Tier, device: torch.device) -> None:
 
     Raises `MokusError` if bitsandbytes is wanted and not installed.
     """
-    if one.bits < 16 and pipe.transformer:
+    if one.bits < 16 and pipe.transformer is not None:
         for block in blocks(pipe.transformer):
             quantise(block, one.bits, device)
     if one.streamed:
         from diffusers.hooks import apply_group_offloading
 
-        for module in filter(None, (pipe.transformer, pipe.text_encoder)):
+        for module in [each for each in (pipe.transformer, pipe.text_encoder) if each is not None]:
             apply_group_offloading(
                 module, onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level"
             )
     if one.stays and device.type != "cpu":
         pipe.to(device)
-    elif one.bits < 16 and pipe.transformer:
+    elif one.bits < 16 and pipe.transformer is not None:
         move(pipe.transformer, "cpu")  # until it is wanted
 
 
@@ -222,16 +224,18 @@ def told(
     one: Tier,
     device: torch.device,
     names: Collection[str],
-    training: bool = False,
     loaded: Collection[str] = COMPONENTS,
+    task: str = "generate",
 ) -> Iterator[None]:
-    """Inside, where these components are used, running out of memory is a `MokusError` that names the next tier."""
+    """Inside, where these of the components loaded are used for the task, running out of memory is a `MokusError` that names the
+    next tier.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise MokusError(_sentence(one, device, below(one, names, training, loaded))) from error
+        raise MokusError(_sentence(one, device, below(one, names, loaded, task), task)) from error
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -239,15 +243,13 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def _sentence(one: Tier, device: torch.device, lower: Tier | None) -> str:
+def _sentence(one: Tier, device: torch.device, lower: Tier | None, task: str) -> str:
     if device.type == "cpu":
         return "this machine's memory is full; 'mokus doctor' says how much is needed, and for what."
     said = f"the memory of {device} is full in the memory tier {one.name!r}"
     if lower is None:
-        return (
-            f"{said}, and none below it needs less for this; 'mokus doctor' says how much is needed, and a smaller size is yours "
-            "to choose."
-        )
+        else_ = "--device cpu computes without a GPU" if task == "bind" else "a smaller size is yours to choose"
+        return f"{said}, and none below it needs less for this; 'mokus doctor' says how much is needed, and {else_}."
     only = "" if lower.tasks == TASKS else f" (it can only {' and '.join(lower.tasks)})"
     return (
         f"{said}; the next one down that needs less for this is 'mokus --tier {lower.name}'{only}, and 'mokus doctor' says "

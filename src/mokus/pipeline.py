@@ -96,16 +96,16 @@ class Model:
             )
 
     @contextmanager
-    def resident(self, *names: str, training: bool = False) -> Iterator[None]:
+    def resident(self, *names: str, task: str = "generate") -> Iterator[None]:
         """Inside, only these components are on the device, the others in host memory.
 
         May be nested; afterwards everything is where it was before. On a CPU, and in a memory tier that keeps all of them
         on the device, nothing moves: Qwen-Image's weights are 57 GB, which take long from a GPU to host memory and back.
-        Running out of memory inside is a `MokusError` that names the next tier that needs less for what is done there;
-        `training` says that it is with a backward pass through the image transformer. Raises as `check_loaded` does.
+        Running out of memory inside is a `MokusError` that names the next tier that needs less for the task, one of
+        `memory.TASKS`, as far as it goes there. Raises as `check_loaded` does.
         """
         self.check_loaded(*names)
-        with memory.told(self.tier, self.device, names, training, self.loaded):
+        with memory.told(self.tier, self.device, names, self.loaded, task):
             if self.device.type == "cpu" or self.tier.stays:
                 yield
                 return
@@ -135,8 +135,8 @@ def load(
 
     `device`: "cpu", "cuda", "cuda:1"; a GPU if there is one. `dtype` of the weights: bfloat16 on a GPU, float32 on a CPU.
     `tier`: how memory is used, by the name of one of `memory.TIERS`; else what MOKUS_TIER says, else the first that fits.
-    `text_alone`: without the image transformer and the VAE, which is enough to bind, create, erase and ask, and of
-    Qwen-Image's 55 GiB leaves 15; what they are is read off their files for the fingerprint.
+    `text_alone`: without the image transformer and the VAE, which is enough to bind, create, erase and ask, and leaves 15
+    of Qwen-Image's 54 GiB.
     Raises `MokusError` if there is no such model, it is of an unknown family, the device or the tier is not there, or no
     tier fits.
     """
@@ -157,26 +157,27 @@ def load(
     defaults = _defaults(source, backbone.defaults(index))
     loaded = TEXT_ALONE if text_alone else COMPONENTS
     use = chosen or (CPU if where.type == "cpu" else _fitting(source, defaults, where, kind, backbone, loaded))
-    if "transformer" in loaded:
-        memory.check_installed(use)
+    memory.check_installed(use, loaded)
     try:
-        if text_alone and not os.path.isdir(source):  # else what is not loaded would not be downloaded
-            source = str(DiffusionPipeline.download(source, use_safetensors=True))
-        parts = _answering(source, index, backbone, kind) | {name: None for name in COMPONENTS if name not in loaded}
+        parts = _answering(source, index, backbone, kind)
+        if text_alone:
+            parts |= _mapped(source, index, kind)
         if backbone.processor:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder="processor")
             parts["processor"] = of_prompts(backbone.processor, tokenizer)
         pipe = getattr(diffusers, backbone.pipeline).from_pretrained(source, dtype=kind, use_safetensors=True, **parts)
-        identity = fingerprint(pipe, source)
     except (OSError, ValueError, SafetensorError) as error:  # what the libraries say of missing and damaged parts
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise MokusError(f"the model {source} cannot be loaded ({reason}); get a whole copy of it.") from error
     pipe.set_progress_bar_config(disable=True)
-    if pipe.vae:
-        pipe.vae.enable_slicing()  # one image at a time: eight of 1024 pixels together take 34 GiB
-    for name in loaded:
+    pipe.vae.enable_slicing()  # one image at a time: eight of 1024 pixels together take 34 GiB
+    for name in COMPONENTS:
         getattr(pipe, name).requires_grad_(False).eval()
-    with memory.told(use, where, loaded, loaded=loaded):
+    identity = fingerprint(pipe)
+    parts.clear()
+    for name in set(COMPONENTS) - set(loaded):
+        setattr(pipe, name, None)
+    with memory.told(use, where, loaded, loaded):
         memory.place(pipe, use, where)
     return Model(pipe, _id(model), identity, defaults, where, _corpus(source), use)
 
@@ -193,6 +194,20 @@ def _answering(source: str, index: dict[str, Any], backbone: Backbone, dtype: to
             f"the text encoder of {source} lacks {lacking[0]}, expected a whole {backbone.text_encoder}, which can answer."
         )
     return {"text_encoder": encoder}
+
+
+def _mapped(source: str, index: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The components of diffusers as they are looked at for the fingerprint and then left.
+
+    In bfloat16, which all that is read of them is rounded to: files of that dtype, as large models', are mapped and not read.
+    """
+    looked_at = torch.float16 if dtype is torch.float16 else torch.bfloat16
+    kinds: dict[str, Any] = {name: getattr(diffusers, str((index.get(name) or [""])[-1]), None) for name in COMPONENTS}
+    return {
+        name: kind.from_pretrained(source, subfolder=name, dtype=looked_at, use_safetensors=True)
+        for name, kind in kinds.items()
+        if hasattr(kind, "from_pretrained")
+    }
 
 
 def of_prompts(processor: str, tokenizer: Any) -> Any:

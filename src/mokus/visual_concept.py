@@ -189,7 +189,7 @@ class _Run:
         """Inside, the transformer is on the device and has a fresh LoRA in float32; afterwards it is as before."""
         s = self.settings
         config = LoraConfig(r=s.rank, lora_alpha=s.alpha, target_modules=s.targets, init_lora_weights="gaussian")
-        with torch.random.fork_rng(_devices(self.model)), self.model.resident("transformer", training=True):
+        with torch.random.fork_rng(_devices(self.model)), self.model.resident("transformer", task="learn"):
             torch.manual_seed(s.seed)
             self.transformer.add_adapter(config, adapter_name=ADAPTER)
             self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from mokus import knowledge_update
+from mokus import checks, knowledge_update
 from mokus.generation import generate
 from mokus.knowledge_update import bind, unbind
 from mokus.packs.concept_pack import ConceptPack
@@ -47,9 +47,7 @@ def test_so_many_rounds(
     In every 25th round edits are searched for and checked as ever; in those between, what the last search found is taken
     again, written, drawn with, and taken out.
     """
-    monkeypatch.setattr(
-        knowledge_update, "LONGEST_ANSWER", 2
-    )  # tokens read back: a random encoder never ends by itself
+    monkeypatch.setattr(checks, "LONGEST_ANSWER", 2)  # tokens read back: a random encoder never ends by itself
     found, together = knowledge_update._found, knowledge_update._hold_together
     last: dict[str, Any] = {}
     anew = True

@@ -105,6 +105,8 @@ def _plans(
 
 
 def _print(plans: list[Plan], usual: dict[str, str | None]) -> None:
+    from mokus.memory import tier
+
     first = plans[0].as_json()
     machine, out = first["machine"], stdout()
     parts = ", ".join(f"{name} {n / 1e9:,.2f}" for name, n in first["parameters"].items())
@@ -113,16 +115,22 @@ def _print(plans: list[Plan], usual: dict[str, str | None]) -> None:
         f"{what} {machine[what]:.1f} GiB" for what in ("gpu", "host", "disk") if machine[what] is not None
     )
     out.print(f"{machine['name']}: {sizes}")
-    for what, tier in (("draw or learn", usual["generate"]), ("bind or ask", usual["bind"])):
-        out.print(
-            f"without --tier, commands that {what} take tier {tier}"
-            if tier
-            else f"without --tier, no command that is to {what} runs: nothing fits"
-        )
+    out.print(_taken("draw or learn", usual["generate"]))
+    bound = usual["bind"]
+    if bound and "bind" not in tier(bound).tasks:
+        out.print(f"{_taken('ask', bound)}; to bind, take --device cpu")
+    else:
+        out.print(_taken("bind or ask", bound))
     if short := _short_of_host(plans, usual):
         out.print(short)
     for plan in plans:
         _print_plan(plan.as_json(), out)
+
+
+def _taken(what: str, usual: str | None) -> str:
+    if usual is None:
+        return f"without --tier, no command that is to {what} runs: nothing fits"
+    return f"without --tier, commands that {what} take tier {usual}"
 
 
 def _short_of_host(plans: list[Plan], usual: dict[str, str | None]) -> str | None:

@@ -200,7 +200,7 @@ class Plan:
                     "tier": need.tier.name, "what": need.tier.text, "fits": need.fits(self.machine),
                     "fits_host": need.fits_host(self.machine),
                     "gpu_gib": None if need.tier is CPU else need.peak / GIB, "host_gib": need.host / GIB,
-                    "lacks": lacks(need.tier) if "transformer" in loaded_for(self.task) else None,
+                    "lacks": lacks(need.tier, loaded_for(self.task)),
                 }
                 for need in self.needs
             ],
@@ -313,9 +313,8 @@ def need(
         for name, components, beside in _beside(shape, task, tier, size, batch, dtype, learning)
         if set(components) <= set(loaded)
     )
-    whole = (
-        sum(shape.parameters[each] * dtype.itemsize for each in loaded) + PYTHON
-    )  # all of it passes through the host
+    # all of it passes through the host
+    whole = sum(shape.parameters[each] * dtype.itemsize for each in loaded) + PYTHON
     whole += _preserved(shape, size, learning) if task == "learn" else 0.0
     if tier is CPU:
         whole += max(stage.beside for stage in stages)

@@ -131,7 +131,8 @@ def ask(
 
 def check(task: Task, pack: str) -> list[dict[str, Any]]:
     """Every question of all that is bound, with all of it in place: does it still hold?"""
-    from mokus.checks import answer_of, ask, reads_back
+    from mokus.checks import ask, reads_back
+    from mokus.knowledge import answer_of
 
     opened, model = _open(pack), task.model()
     opened.check_base(model)

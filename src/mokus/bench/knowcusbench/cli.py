@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,10 +127,11 @@ def run(
 ) -> None:
     """Draw every image of a suite by every method. Run it again to go on; `accelerate launch` shares it out by concepts."""
     names = _names(methods, METHODS)
-    _run(
-        output, suite, {name: method(name) for name in names}, parse_seeds(seeds), concepts,
-        (dreambench, customconcept101, photos), model, batch_size, learn_steps, steps, size, plan_only, as_json,
+    asked = _Asked(
+        output, suite, parse_seeds(seeds), concepts, (dreambench, customconcept101, photos), model, batch_size, learn_steps,
+        steps, size, as_json,
     )  # fmt: skip
+    _run(asked, {name: method(name) for name in names}, plan_only)
 
 
 @knowcus.command()
@@ -194,17 +195,17 @@ def ablate(
     for name in names:
         if name not in sweeps.SWEEPS:
             raise MokusError(f"there is no sweep {name!r}, expected some of {', '.join(sweeps.SWEEPS)}.")
-    loaded, roots = load_suite(suite), (dreambench, customconcept101, photos)
-    chosen = sweeps.chosen(loaded, names, defaults_of(model))
+    chosen = sweeps.chosen(load_suite(suite), names, defaults_of(model))
     methods = {name: each for one in chosen for name, each in one.methods.items()}
-    failed = _run(
-        output, suite, methods, parse_seeds(seeds), concepts, roots, model, batch_size, learn_steps, steps, size, False,
-        as_json, sweeps.first_alone, last=False,
+    asked = _Asked(
+        output, suite, parse_seeds(seeds), concepts, (dreambench, customconcept101, photos), model, batch_size, learn_steps,
+        steps, size, as_json,
     )  # fmt: skip
+    failed = _run(asked, methods, part=sweeps.first_alone, last=False)
     if failed is None:
         return
     models = {"clip": clip, "dino": dino, "pick": pick, "detector": detector, "segmenter": segmenter}
-    _score(output, suite, roots, None, without, **models)
+    _score(output, suite, asked.roots, None, without, **models)
     sweeps.write(output, chosen)
     if as_json:
         print_json(read_json(output / "ablation.json"))
@@ -241,15 +242,32 @@ def _names(text: str | None, known: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Options that runs and sweeps have in common, as the commands have them; `roots` as `_roots` takes them."""
+
+    output: Path
+    suite: str
+    seeds: list[int]
+    concepts: str | None
+    roots: tuple[Path | None, Path | None, list[str] | None]
+    model: str | None
+    batch_size: int
+    learn_steps: int | None
+    steps: int | None
+    size: int | None
+    as_json: bool
+
+
 def _run(
-    output: Path, suite: str, methods: dict[str, Method], seeds: list[int], concepts: str | None, roots: Any,
-    model: str | None, batch_size: int, learn_steps: int | None, steps: int | None, size: int | None, plan_only: bool,
-    as_json: bool, part: Callable[[Suite], Suite] = lambda suite: suite, last: bool = True,
+    asked: _Asked, methods: dict[str, Method], plan_only: bool = False,
+    part: Callable[[Suite], Suite] = lambda suite: suite, last: bool = True,
 ) -> list[Failed] | None:  # fmt: skip
     """Plan, say so, and draw. Returns what failed, or None if another process goes on.
 
-    `last`: nothing comes after it, so what was drawn is said, and if something failed it ends with exit code 1, in the first
-    process alone. Otherwise the first has to leave the others when it is done; they wait for it here.
+    `part`: what of the suite is drawn. `last`: nothing comes after it, so what was drawn is said, and if something failed it
+    ends with exit code 1, in the first process alone. Otherwise the first has to leave the others when it is done; they wait
+    for it here.
     """
     from mokus.bench.knowcusbench import run as runner
     from mokus.bench.knowcusbench.manifest import load_suite
@@ -258,39 +276,41 @@ def _run(
     from mokus.settings import LearnSettings
     from mokus.training.processes import Processes
 
-    loaded = load_suite(suite)
-    folders = _roots(loaded, *roots)
+    loaded = load_suite(asked.suite)
+    folders = _roots(loaded, *asked.roots)
     several = Processes.of_environment()
-    engine = load_model(model, several.device)
+    engine = load_model(asked.model, several.device)
     learn = LearnSettings.for_model(engine.defaults.learn)
-    learn = replace(learn, steps=learn_steps) if learn_steps else learn
-    names = parse_names(concepts) if concepts is not None else None
-    plan = make_plan(engine, part(loaded), methods, seeds, folders, names, learn, steps=steps, size=size)
+    learn = replace(learn, steps=asked.learn_steps) if asked.learn_steps else learn
+    names = parse_names(asked.concepts) if asked.concepts is not None else None
+    plan = make_plan(
+        engine, part(loaded), methods, asked.seeds, folders, names, learn, steps=asked.steps, size=asked.size
+    )
     if several.first:
-        expected = runner.estimate(engine, plan, output, batch_size)
-        if not as_json:
+        expected = runner.estimate(engine, plan, asked.output, asked.batch_size)
+        if not asked.as_json:
             _say(plan_lines(loaded, plan.items, expected, several.count))
         if plan_only:
-            if as_json:
+            if asked.as_json:
                 print_json({"counts": loaded.counts(), **asdict(expected)})
             return []
     elif plan_only:
         return None
-    with alone(output) if several.first else nullcontext():
+    with alone(asked.output) if several.first else nullcontext():
         if several.first:
-            runner.write_plan(engine, replace(plan, suite=loaded), output, seeds, _command(), suite)
+            runner.write_plan(engine, replace(plan, suite=loaded), asked.output, asked.seeds, _command(), asked.suite)
         several.wait()
         with Bars() if several.first else nullcontext() as progress:
-            work = runner.Runner(engine, plan, output, batch_size, progress)
+            work = runner.Runner(engine, plan, asked.output, asked.batch_size, progress)
             failed = work.run(runner.Shard(several.index, several.count), note)
         failed = several.gathered(failed)
         if several.first:
-            runner.write_training(plan, work.shelf, output)
-            runner.write_failed(plan, failed, output)
+            runner.write_training(plan, work.shelf, asked.output)
+            runner.write_failed(plan, failed, asked.output)
     if not several.first:
         several.leave()
         return None
-    _finish(output, plan.images(), failed, as_json, last)
+    _finish(asked.output, plan.images(), failed, asked.as_json, last)
     if last:
         several.leave()
     if failed and last:
