@@ -223,7 +223,7 @@ def _found(
         if progress:
             progress("binding", i, len(requests), {"knowledge": each.knowledge})
         edits.append(edit(model, each.knowledge, each.says, each.questions, settings, made, before, each.keep))
-        if edits[-1].taken or keep_all:
+        if (edits[-1].taken or keep_all) and i + 1 < len(requests):
             made.remember(edits[-1].request, before, edits[-1].shifts)
             before = added(before, edits[-1].shifts)
     if progress:
