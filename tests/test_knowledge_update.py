@@ -196,7 +196,7 @@ def test_an_edit_by_itself_runs_the_encoder_only_where_it_is_on_the_device(
     outside: list[bool] = []
 
     @contextmanager
-    def resident(self: Model, *names: str, training: bool = False) -> Iterator[None]:
+    def resident(self: Model, *names: str, task: str = "generate") -> Iterator[None]:
         there.extend(names)
         try:
             yield
