@@ -112,6 +112,23 @@ def test_tails_are_the_ends_of_encodings(pico: Model, monkeypatch: pytest.Monkey
     assert encoder.distance(found, found + 2).allclose(torch.tensor(4.0))
 
 
+def test_the_prefix_is_run_once_for_all_prompts_of_a_call(pico: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what is applied at the call, and left as it was by every part of them."""
+    monkeypatch.setattr(encoder, "CHUNK", 2)
+    tokens: list[int] = []
+    hook = pico.language_model.register_forward_pre_hook(
+        lambda _, __, given: tokens.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    prefix, path = prefix_length(pico), "model.language_model.layers.1.mlp.down_proj"
+    try:
+        for call in (tails, answers, lambda model, texts: inputs_of(model, texts, [path])):
+            tokens.clear()
+            call(pico, TEXTS)
+            assert tokens[0] == prefix and tokens.count(prefix) == 1 < len(tokens)
+    finally:
+        hook.remove()
+
+
 def test_rows_put_together_are_the_rows_of_all(pico: Model) -> None:
     """Whatever their lengths, and whatever answers follow them."""
     answer = [5, 6, 7]
