@@ -363,6 +363,7 @@ def test_the_command_says_which_tiers_are_taken() -> None:
     found = json.loads(run(*given, "24", "--json").stdout)
     assert [(each["tier"], each["usual_tier"]) for each in found] == [("all", "all"), ("4bit", "4bit")]
     told = run(*given, "24").stdout
+    assert "all to 4bit" in told and "all to checkpointed" in told  # what needs the same is one line
     assert "commands that draw or learn take tier 4bit" in told and "commands that bind or ask take tier all" in told
     found = json.loads(run(*given, "12", "--json").stdout)
     assert [(each["tier"], each["usual_tier"]) for each in found] == [(None, "offload"), ("offload", "offload")]

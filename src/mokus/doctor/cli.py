@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -166,12 +168,13 @@ def _print_plan(found: dict[str, Any], out: Any) -> None:
     took = "; seconds are not known for this card" if seconds is None else f", {_time(seconds)}; in all {_time(whole)}"
     out.print(f"{_tflop(found[f'tflop_per_{unit}'])} for each {unit}{took}")
     tiers = Table("tier", "GPU, GiB", "host, GiB", "", "", box=None, pad_edge=False)
-    for each in found["tiers"]:
-        gpu = "" if each["gpu_gib"] is None else f"{each['gpu_gib']:.2f}"
-        mark = "chosen" if each["tier"] == found["tier"] else "fits" if each["fits"] else "too large"
-        if each["lacks"]:
-            mark += f", lacks {each['lacks']}"
-        tiers.add_row(each["tier"], gpu, f"{each['host_gib']:.1f}", mark, each["what"])
+    for (gib, host, lacking), alike in groupby(found["tiers"], key=itemgetter("gpu_gib", "host_gib", "lacks")):
+        first, *others = alike
+        name = f"{first['tier']} to {others[-1]['tier']}" if others else first["tier"]
+        mark = "chosen" if first["tier"] == found["tier"] else "fits" if first["fits"] else "too large"
+        mark += f", lacks {lacking}" if lacking else ""
+        what = first["what"].partition(";")[0] if others else first["what"]  # behind it: in which they differ elsewhere
+        tiers.add_row(name, "" if gib is None else f"{gib:.2f}", f"{host:.1f}", mark, what)
     out.print(tiers)
     if missing := {each["lacks"] for each in found["tiers"] if each["lacks"]}:
         out.print(f"not installed: {', '.join(missing)}; {INSTALL}", markup=False)
