@@ -154,6 +154,7 @@ def load(
             f"{source} holds a {index.get('_class_name')}, expected one of {', '.join(BACKBONES)}, such as Qwen/Qwen-Image."
         )
     _check_parts(source, index)
+    _check_models(source, index)
     defaults = _defaults(source, backbone.defaults(index))
     loaded = TEXT_ALONE if text_alone else COMPONENTS
     use = chosen or (CPU if where.type == "cpu" else _fitting(source, defaults, where, kind, backbone, loaded))
@@ -197,16 +198,17 @@ def _answering(source: str, index: dict[str, Any], backbone: Backbone, dtype: to
 
 
 def _mapped(source: str, index: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The components of diffusers as they are looked at for the fingerprint and then left.
+    """The image transformer and the VAE, as they are looked at for the fingerprint and then left.
 
     In bfloat16, which all that is read of them is rounded to: files of that dtype, as large models', are mapped and not read.
     """
     looked_at = torch.float16 if dtype is torch.float16 else torch.bfloat16
-    kinds: dict[str, Any] = {name: getattr(diffusers, str((index.get(name) or [""])[-1]), None) for name in COMPONENTS}
     return {
-        name: kind.from_pretrained(source, subfolder=name, dtype=looked_at, use_safetensors=True)
-        for name, kind in kinds.items()
-        if hasattr(kind, "from_pretrained")
+        name: getattr(diffusers, index[name][1]).from_pretrained(
+            source, subfolder=name, dtype=looked_at, use_safetensors=True
+        )
+        for name in COMPONENTS
+        if name not in TEXT_ALONE
     }
 
 
@@ -349,6 +351,18 @@ def _check_parts(source: str, index: dict[str, Any]) -> None:
             raise MokusError(
                 f"{source} has a part {name[:60]!r} of {str(part)[:80]}, expected classes of diffusers and transformers alone; "
                 "get the model from where it was made."
+            )
+
+
+def _check_models(source: str, index: dict[str, Any]) -> None:
+    """Refuse an image transformer or a VAE that is none: some other class of diffusers, an automatic one, nothing."""
+    for name in COMPONENTS:
+        part = index.get(name) or [None, None]
+        kind = getattr(diffusers, str(part[1]), None)
+        if name not in TEXT_ALONE and not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+            raise MokusError(
+                f"the model {source} cannot be loaded (it names {str(part[1])[:60]!r} as its {name}, expected a model of "
+                "diffusers); get a whole copy of it."
             )
 
 

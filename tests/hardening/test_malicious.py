@@ -354,17 +354,18 @@ def model_copy(pico_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pico_folder, tmp_path / "model"))
 
 
+@pytest.mark.parametrize("text_alone", [False, True])
 @pytest.mark.parametrize("part", ["text_encoder", "transformer", "vae"])
-def test_weights_of_models_are_never_unpickled(model_copy: Path, trace: Path, part: str) -> None:
+def test_weights_of_models_are_never_unpickled(model_copy: Path, trace: Path, part: str, text_alone: bool) -> None:
     """With a pickle in the place of the safetensors there is no model; beside them it is not looked at."""
     names = {"text_encoder": "pytorch_model.bin"}
     name = names.get(part, "diffusion_pytorch_model.bin")
     torch.save({"x": Payload(trace)}, model_copy / part / name)
     (model_copy / part / "training_args.bin").write_bytes(pickle.dumps(Payload(trace)))
-    load(model_copy, "cpu")
+    load(model_copy, "cpu", text_alone=text_alone)
     for file in (model_copy / part).glob("*.safetensors*"):
         file.unlink()
-    assert str(model_copy) in sentence(lambda: load(model_copy, "cpu"))
+    assert str(model_copy) in sentence(lambda: load(model_copy, "cpu", text_alone=text_alone))
 
 
 def test_models_of_metrics_run_no_code(tmp_path: Path, trace: Path) -> None:
@@ -396,11 +397,12 @@ def test_no_module_is_imported_for_a_model(
     """Neither an installed one nor one that lies in the model's folder."""
     for folder in (model_copy, model_copy / "scheduler"):
         (folder / "evil_module.py").write_text(f"import os; os.mkdir({str(trace)!r})\nclass Evil: pass\n")
-    for part in ("scheduler", "feature_extractor"):
+    for part in ("scheduler", "feature_extractor", "transformer", "vae"):
         index = json.loads((model_copy / "model_index.json").read_text())
         (model_copy / "model_index.json").write_text(json.dumps({**index, part: spec}))
         monkeypatch.chdir(model_copy)
-        assert str(model_copy) in sentence(lambda: load(model_copy, "cpu"))
+        for alone in (False, True):
+            assert str(model_copy) in sentence(lambda alone=alone: load(model_copy, "cpu", text_alone=alone))
         (model_copy / "model_index.json").write_text(json.dumps(index))
 
 
@@ -414,10 +416,23 @@ def test_code_in_a_models_folder_is_not_run(model_copy: Path, trace: Path) -> No
         config["auto_map"] = {key: "modeling.X", "AutoConfig": "configuration.X"}
         (model_copy / file).write_text(json.dumps(config))
     case("malicious")
-    load(model_copy, "cpu")
+    for alone in (False, True):
+        load(model_copy, "cpu", text_alone=alone)
     index = json.loads((model_copy / "model_index.json").read_text())
     (model_copy / "model_index.json").write_text(json.dumps({**index, "_class_name": ["pipeline", "X"]}))
     sentence(lambda: load(model_copy, "cpu"))
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+@pytest.mark.parametrize(
+    "name", ["AutoModel", "DiffusionPipeline", "logging", "FlowMatchEulerDiscreteScheduler", "", "x"]
+)
+def test_a_component_that_is_no_model_is_one_sentence(model_copy: Path, part: str, name: str) -> None:
+    index = json.loads((model_copy / "model_index.json").read_text())
+    (model_copy / "model_index.json").write_text(json.dumps({**index, part: ["diffusers", name]}))
+    case("malicious")
+    for alone in (False, True):
+        assert str(model_copy) in sentence(lambda alone=alone: load(model_copy, "cpu", text_alone=alone))
 
 
 IDS = ["http://169.254.169.254/latest/meta-data", "https://evil.example/model", "file:///etc/passwd", "ftp://x/y",
